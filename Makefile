@@ -1,0 +1,62 @@
+# make demo: train and try a translator.   make test: the tests.   Both install what they need into .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+DEMO_STAMP := $(VENV)/.demo-installed
+DEV_STAMP := $(VENV)/.dev-installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint types format bench constraints clean
+
+help:
+	@echo "make demo [ARGS=...]  train a small translator and try it      make test      the tests"
+	@echo "make test-all         with the slow ones                       make lint      ruff and mypy"
+	@echo "make bench            run every script of benchmarks/          make clean     remove what can be rebuilt"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(DEMO_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(DEMO_STAMP)
+
+demo: $(DEMO_STAMP)
+	$(BIN)/urform demo $(ARGS)
+
+# One thread for each of $(JOBS) processes: more threads than cores slow the small models of the tests down.
+test: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(ARGS)
+
+test-all: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope -m "" $(ARGS)
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+types: $(DEV_STAMP)
+	@mkdir -p build/types && ln -sfn ../.. build/types/urform
+	$(BIN)/mypy
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEV_STAMP)
+	@for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+
+# Local version suffixes (+cpu) are dropped: they name a build, not a release.
+constraints: $(DEV_STAMP)
+	@$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+[A-Za-z0-9.]+$$//' | grep -v '^urform' > constraints.new
+	@echo "constraints.new written; compare it with constraints.txt (which keeps markers for Python 3.10)"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis constraints.new
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,249 @@
+# Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
+"""The package's own code, laid flat next to a checkpoint, so that `trust_remote_code=True` loads it without Urform.
+
+Transformers copies the file that defines a class and the files that it imports relatively, all into one folder, and
+cannot follow an import into another folder. So:
+
+- `flatten_package` writes the modules of `FOLDERS` side by side, relative imports rewritten to `from .module import x`
+  where the syntax tree finds them and not one other character changed. What the loader of transformers cannot follow is
+  refused with file and line.
+- `BundledCodeMixin`, first base of the config, the models and the tokenizer, does this in `save_pretrained` (hence in
+  `push_to_hub` and in Trainer) once somebody has called `register_for_auto_class`, and writes an `auto_map` with every
+  head that the architecture has, where transformers records only the class that is being saved.
+- `HEADS` is the one table of Auto class, our class and the architectures that it serves.
+
+This module is part of the bundle itself. There, files already lie flat and transformers' own copying works.
+"""
+
+import ast
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FOLDERS = ("configuration", "modeling", "modeling/kernels", "tokenization")
+ENTRIES = ("configuration_urform", "modeling_urform", "tokenization_urform")
+
+_ENCODER, _DECODER, _BOTH = "encoder", "decoder", "encoder-decoder"
+HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "AutoModel": ("UrformModel", (_ENCODER, _DECODER, _BOTH)),
+    "AutoModelForSeq2SeqLM": ("UrformForConditionalGeneration", (_BOTH,)),
+    "AutoModelForCausalLM": ("UrformForCausalLM", (_DECODER,)),
+    "AutoModelForMaskedLM": ("UrformForMaskedLM", (_ENCODER,)),
+    "AutoModelForSequenceClassification": ("UrformForSequenceClassification", (_ENCODER, _DECODER, _BOTH)),
+    "AutoModelForTokenClassification": ("UrformForTokenClassification", (_ENCODER, _DECODER, _BOTH)),
+    "AutoModelForQuestionAnswering": ("UrformForQuestionAnswering", (_ENCODER, _DECODER, _BOTH)),
+    "AutoModelForMultipleChoice": ("UrformForMultipleChoice", (_ENCODER, _DECODER, _BOTH)),
+    "AutoModelForTextEncoding": ("UrformEncoderModel", (_ENCODER, _BOTH)),
+}
+
+# The flat copy lies in transformers' module cache or beside a checkpoint, the package's own file in configuration/.
+IS_FLAT_COPY = Path(__file__).resolve().parent.name != "configuration"
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE = __name__.partition(".")[0]
+
+# What a machine with nothing but transformers and torch can import.
+_AVAILABLE = frozenset(sys.stdlib_module_names) | {
+    "torch", "transformers", "numpy", "tokenizers", "safetensors", "huggingface_hub", "packaging", "tqdm",
+}  # fmt: skip
+# The two expressions by which transformers finds relative imports (dynamic_module_utils.get_relative_imports).
+_LOADER_SEES = re.compile(r"^\s*import\s+\.(\S+)\s*$|^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
+_DOTTED = re.compile(r"from\s+(\.+\s*[\w.]*)\s+import\b")
+
+
+# ------------------------------------------------------------------------------------------------------- flattening
+
+
+def flatten_package(directory: str | os.PathLike[str], root: Path = _ROOT, package: str = _PACKAGE) -> list[Path]:
+    """Write the package's modules flat into `directory`; return the paths written.
+
+    Only modules that the entry files reach by relative imports are written: transformers loads no others.
+
+    Args:
+        directory: the folder to write to, made if needed. Files are replaced one by one, each atomically.
+        root: the folder of the package.
+        package: the package's import name, to refuse absolute imports of itself.
+
+    Raises:
+        ValueError: naming file and line, when a module cannot be laid flat or loaded from the flat copy.
+    """
+    modules = _modules(root)
+    flat: dict[str, str] = {}
+    waiting = [name for name in ENTRIES if name in modules]
+    if not waiting:
+        raise ValueError(f"{root} has none of the entry modules {', '.join(ENTRIES)}; there is nothing to bundle.")
+    while waiting:
+        name = waiting.pop()
+        if name not in flat:
+            flat[name], needed = _flatten_module(modules[name], modules, root, package)
+            waiting.extend(needed)
+    os.makedirs(directory, exist_ok=True)
+    return [_write(Path(directory) / f"{name}.py", source) for name, source in sorted(flat.items())]
+
+
+def _modules(root: Path) -> dict[str, Path]:
+    modules: dict[str, Path] = {}
+    for folder in FOLDERS:
+        for path in sorted((root / folder).glob("*.py")):
+            if path.name == "__init__.py":
+                continue
+            if path.stem in modules:
+                raise ValueError(
+                    f"{path}:1: a module named {path.stem!r} exists already: {modules[path.stem]}. "
+                    "The bundle lays all modules into one folder; rename one of them."
+                )
+            modules[path.stem] = path
+    return modules
+
+
+def _flatten_module(path: Path, modules: dict[str, Path], root: Path, package: str) -> tuple[str, list[str]]:
+    """Return the module's text for the flat folder and the names of the modules that it imports."""
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines(keepends=True)
+
+    def refuse(line: int, why: str) -> ValueError:
+        return ValueError(f"{path}:{line}: {why}")
+
+    relative: list[ast.ImportFrom] = []
+    for node, guarded in _imports(ast.parse(source, str(path))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            relative.append(node)
+            continue
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        for top in (name.partition(".")[0] for name in names):
+            if top == package:
+                raise refuse(node.lineno, f"imports {package!r} by its absolute name; use a relative import.")
+            if top not in _AVAILABLE and not guarded:
+                raise refuse(
+                    node.lineno,
+                    f"imports {top!r} outside of try: the bundle must load where it is not installed. "
+                    f"Write try: import {top} / except ImportError: {top} = None.",
+                )
+
+    needed = []
+    for node in sorted(relative, key=lambda n: n.lineno, reverse=True):
+        name = _target(node, path, modules, root, refuse)
+        index = node.lineno - 1
+        start = len(lines[index].encode()[: node.col_offset].decode())  # col_offset counts bytes
+        match = _DOTTED.match(lines[index], start)
+        if lines[index][:start].strip() or match is None:
+            raise refuse(node.lineno, "a relative import must begin its line and have 'from .module import' on it.")
+        lines[index] = lines[index][: match.start(1)] + f".{name}" + lines[index][match.end(1) :]
+        needed.append(name)
+
+    text = "".join(lines)
+    statements = {node.lineno for node in relative}
+    for match in _LOADER_SEES.finditer(text):
+        at = match.start() + len(match[0]) - len(match[0].lstrip())
+        line = text.count("\n", 0, at) + 1
+        if line not in statements:
+            raise refuse(
+                line, f"{match[0].strip()!r} is no import, but transformers' loader takes it for one; reword it."
+            )
+    return text, needed
+
+
+def _target(node: ast.ImportFrom, path: Path, modules: dict[str, Path], root: Path, refuse: Any) -> str:
+    """Return the basename of the module that a relative import names."""
+    folder = path.parent
+    for _ in range(node.level - 1):
+        folder = folder.parent
+    target = folder.joinpath(*(node.module or "").split(".")) if node.module else folder
+    if target.with_suffix(".py") == modules.get(target.name):
+        return target.name
+    shown = "." * node.level + (node.module or "")
+    if node.module is None or target.is_dir():
+        raise refuse(
+            node.lineno,
+            f"'from {shown} import …' imports from a package, which a flat folder has not; name the module: "
+            f"from {shown.rstrip('.') + '.' if node.module else shown}module import …",
+        )
+    raise refuse(
+        node.lineno, f"'from {shown} import …' names no module of {', '.join(FOLDERS)}; only these are bundled."
+    )
+
+
+def _imports(node: ast.AST, guarded: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Yield every import of the tree and whether it stands in a `try` statement."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield node, guarded
+    for child in ast.iter_child_nodes(node):
+        yield from _imports(child, guarded or isinstance(node, ast.Try))
+
+
+def _write(path: Path, text: str) -> Path:
+    """Write atomically: several processes may save into one folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------- saving
+
+
+def auto_map(architecture: str) -> dict[str, str]:
+    """Return the `auto_map` of a model repository: the config and every head that serves `architecture`."""
+    heads = {auto: f"modeling_urform.{name}" for auto, (name, serves) in HEADS.items() if architecture in serves}
+    return {"AutoConfig": "configuration_urform.UrformConfig", **heads}
+
+
+class BundledCodeMixin:
+    """Makes `save_pretrained` write the whole bundle when the class has been registered for an Auto class.
+
+    First base of the config, the models and the tokenizer. Without `register_for_auto_class`, for a subclass defined
+    elsewhere, and in the flat copy, transformers' own code does its work (the `auto_map` is completed all the same).
+    """
+
+    _auto_class: Any
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, and the code with it if `register_for_auto_class` was called."""
+        save = super().save_pretrained  # type: ignore[misc]
+        if type(self)._auto_class is None or not self._is_ours() or os.path.isfile(save_directory):
+            return save(save_directory, *args, **kwargs)
+        config: Any = self if hasattr(self, "to_json_file") else getattr(self, "config", None)
+        if config is not None:
+            config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map(config.architecture)}
+        if IS_FLAT_COPY:
+            return save(save_directory, *args, **kwargs)
+        flatten_package(save_directory)
+        with self._code_is_saved(config):
+            return save(save_directory, *args, **kwargs)
+
+    @classmethod
+    def _is_ours(cls) -> bool:
+        owner = next(c for c in cls.__mro__ if not c.__module__.startswith("torch."))  # FSDP2 subclasses the model
+        return owner.__module__.partition(".")[0] == _PACKAGE
+
+    @contextlib.contextmanager
+    def _code_is_saved(self, config: Any) -> Iterator[None]:
+        """Keep transformers from copying code: the config, a model and a tokenizer are each asked in their own way."""
+        own: dict[str, Any] = {"_auto_class": None}
+        if config is None:
+            own["_auto_map"] = {"AutoTokenizer": [f"tokenization_urform.{type(self).__name__}", None]}
+        elif config is not self:
+            own["is_remote_code"] = lambda: False
+        before = {name: vars(self)[name] for name in own if name in vars(self)}
+        vars(self).update(own)
+        try:
+            yield
+        finally:
+            for name in own:
+                del vars(self)[name]
+            vars(self).update(before)
+
+    def _get_files_timestamps(self, working_dir: str | os.PathLike[str]) -> dict[str, float]:
+        """Leave the bundle out, for it is written before transformers looks at what is new and must be uploaded."""
+        stamps = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
+        return (
+            stamps
+            if IS_FLAT_COPY
+            else {name: t for name, t in stamps.items() if Path(name).stem not in _modules(_ROOT)}
+        )
