@@ -100,25 +100,30 @@ print("ok")
 """
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import urform",
-        "import urform; urform.UrformForCausalLM",
-        "import urform; urform.UrformConfig; urform.UrformTokenizer",
-        "import urform.modeling.attention_interface",
-        "from urform.configuration.configuration_urform import UrformConfig",
-        "from urform import UrformModel",
-        "import transformers, urform",
-        "from transformers import AutoModel, AutoTokenizer, AutoConfig; import urform",
-        "from transformers import Trainer, pipeline; import urform",
-        "from transformers.modeling_layers import GradientCheckpointingLayer; import urform",
-        "import urform; import transformers.models.auto.modeling_auto",
-        "import urform; from transformers.models.auto import AutoTokenizer",
-        "import urform, importlib, transformers.models.auto.modeling_auto as m; urform.UrformModel",
-        "import pickle, sys; pickle.loads(b'curform.configuration.configuration_urform\\nUrformConfig\\n.')",
-    ],
-)
+QUICK_ORDERS = [
+    "import urform",
+    "import urform.modeling.attention_interface",
+    "from urform import UrformModel",
+    "from transformers import Trainer, pipeline; import urform",
+]
+MORE_ORDERS = [
+    "import transformers, urform",
+    "import urform; urform.UrformConfig; urform.UrformTokenizer",
+    "from urform.configuration.configuration_urform import UrformConfig",
+    "from transformers import AutoModel, AutoTokenizer, AutoConfig; import urform",
+    "from transformers.modeling_layers import GradientCheckpointingLayer; import urform",
+    "import urform; import transformers.models.auto.modeling_auto",
+    "import urform; from transformers.models.auto import AutoTokenizer",
+    "import urform; import transformers.generation",
+    "import urform; import transformers.masking_utils",
+    "import urform; import transformers.tokenization_utils_base; import transformers.processing_utils",
+    "import pickle; pickle.loads(b'curform.configuration.configuration_urform\\nUrformConfig\\n.')",
+    "import pickle; pickle.loads(b'curform.modeling.modeling_urform\\nUrformForCausalLM\\n.')",
+    "import importlib, urform, transformers.models.auto.modeling_auto as m; importlib.reload(m)",
+]
+
+
+@pytest.mark.parametrize("first", [*QUICK_ORDERS, *(pytest.param(o, marks=pytest.mark.slow) for o in MORE_ORDERS)])
 def test_registered_in_any_order_of_imports(first: str):
     assert run(first + "\n" + CHECK) == "ok"
 
