@@ -1,0 +1,391 @@
+# Copyright 2026 The Urform authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which Transformer: one configuration for encoder, decoder and encoder-decoder.
+
+Every axis is orthogonal and named after what it does; its paper stands at its definition in `UrformConfig`. What
+may not go with what is said in one place, `UrformConfig.validate_architecture`.
+"""
+
+import copy
+import difflib
+from dataclasses import fields
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from huggingface_hub.dataclasses import strict
+
+from transformers import GenerationConfig
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils.type_validators import interval
+
+from .bundle_urform import BundledCodeMixin
+from .presets_urform import PRESETS
+
+
+_probability = interval(min=0.0, max=1.0)
+
+# What transformers itself may pass to or write into any config besides the fields.
+_LIBRARY_KEYS = frozenset(
+    "model_type name_or_path torch_dtype num_labels output_attentions attn_implementation experts_implementation "
+    "rope_theta rope_scaling partial_rotary_factor auto_map tokenizer_class quantization_config custom_pipelines "
+    "task_specific_params finetuning_task trust_remote_code tie_last_hidden_states per_layer_config".split()
+)
+
+_DECODER_SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+
+
+class StackSizes(NamedTuple):
+    """The sizes of one stack (encoder or decoder), resolved."""
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    layer_types: list[str]
+
+
+@strict
+class UrformConfig(BundledCodeMixin, PreTrainedConfig):
+    r"""Configuration of every Urform model.
+
+    Args:
+        architecture: `"encoder"` (BERT), `"decoder"` (GPT) or `"encoder-decoder"` (Vaswani et al. 2017).
+        vocab_size: Number of tokens; the same table size on both sides of an encoder-decoder.
+        hidden_size: Width of the residual stream.
+        num_hidden_layers: Layers of the encoder, or of the only stack.
+        num_attention_heads: Query heads per layer.
+        num_key_value_heads: Key/value heads; fewer than query heads is grouped-query attention (Ainslie et al. 2023),
+            1 is multi-query (Shazeer 2019). None: as many as query heads.
+        head_dim: Width of a head. None: `hidden_size // num_attention_heads`.
+        intermediate_size: Width of the feed-forward layer.
+        hidden_act: Any activation of `transformers.activations.ACT2FN`.
+        decoder_num_hidden_layers, decoder_num_attention_heads, decoder_num_key_value_heads, decoder_head_dim,
+            decoder_intermediate_size, decoder_layer_types: The decoder's sizes where they differ in an
+            encoder-decoder. None: the same as the encoder's.
+        norm_position: `"post"` (Vaswani et al. 2017), `"pre"` (Xiong et al. 2020), `"sandwich"` (before and after
+            each sublayer; Ding et al. 2021, Gemma 2) or `"parallel"` (all sublayers read the block's input;
+            Wang & Komatsuzaki 2021, GPT-NeoX).
+        norm_type: `"layernorm"` (Ba et al. 2016) or `"rmsnorm"` (Zhang & Sennrich 2019).
+        norm_eps: Epsilon of the norms.
+        norm_bias: Whether LayerNorm has a bias (RMSNorm never has one).
+        norm_offset: Added to the norm's weight, which then starts at `1 - norm_offset` (Gemma: 1.0).
+        final_norm: A norm after the last layer. None: yes unless `norm_position="post"`.
+        position_encoding: `"sinusoidal"` (Vaswani et al. 2017, sec. 3.5), `"learned"` (Gehring et al. 2017),
+            `"rope"` (Su et al. 2021), `"alibi"` (Press et al. 2022), `"t5"` (relative buckets, Raffel et al. 2020)
+            or `"none"` (Kazemnejad et al. 2023).
+        max_position_embeddings: Rows of the learned table; the trained length for RoPE scaling.
+        position_offset: First row of the learned table in use (BART and OPT: 2).
+        rope_parameters: As in transformers: `rope_type`, `rope_theta`, `partial_rotary_factor`, scaling; or one such
+            dict per layer type (Gemma 3).
+        relative_attention_num_buckets, relative_attention_max_distance: T5's buckets.
+        attention_bias: Bias in the query, key, value and output projections.
+        qk_norm: RMSNorm over each head of queries and keys (Henry et al. 2020; Qwen 3).
+        attention_scale: Factor on the scores. None: `head_dim ** -0.5` (T5: 1.0).
+        attn_logit_softcapping: `cap * tanh(score / cap)` on the scores (Gemma 2).
+        sliding_window: Window of the `"sliding_attention"` layers (Beltagy et al. 2020; Mistral): a decoder's query
+            sees that many keys, itself among them; an encoder's that many to each side.
+        layer_types: `"full_attention"` or `"sliding_attention"` per layer. None: all full.
+        mlp_bias: Bias in the feed-forward layer.
+        gated_mlp: Gated linear unit (Shazeer 2020): `down(act(gate(x)) * up(x))`.
+        scale_embedding: Multiply embeddings by `sqrt(hidden_size)` (Vaswani et al. 2017, sec. 3.4).
+        embedding_norm: A norm over the summed embeddings (BERT, BLOOM).
+        type_vocab_size: Token types (BERT's segments); 0 means none.
+        share_embeddings: Encoder and decoder read one table.
+        tie_word_embeddings: The output projection is the embedding table (Press & Wolf 2017); together with
+            `share_embeddings` this is the three-way tying of Vaswani et al. 2017.
+        lm_head_bias: Bias on the output projection.
+        lm_head_transform: Dense, activation and norm before the output projection (BERT's MLM head).
+        logit_scale: Factor on the logits (T5: `hidden_size ** -0.5`).
+        final_logit_softcapping: `cap * tanh(logit / cap)` on the logits (Gemma 2).
+        classifier_pooling: What a sequence classifier reads: the `"first"` token, the `"last"` real token or the
+            `"mean"` over real tokens. None: first for an encoder, last otherwise.
+        classifier_activation: Activation of the classifier's dense layer (BERT, BART: tanh). None: no dense layer.
+        hidden_dropout_prob, attention_dropout, activation_dropout, classifier_dropout: Dropout (Srivastava et al.
+            2014) on sublayer outputs and embeddings, attention weights, inside the feed-forward layer, and before
+            the classifier (None: as `hidden_dropout_prob`).
+        initializer: `"normal"` (N(0, initializer_range), BERT), `"xavier"` (Glorot & Bengio 2010, embeddings
+            N(0, 1/hidden_size)), `"gpt2"` (normal, residual outputs divided by sqrt(2 * layers); Radford et al. 2019)
+            or `"t5"` (fan-in scaled; Raffel et al. 2020).
+        initializer_range: Standard deviation for `"normal"` and `"gpt2"`.
+
+    Raises:
+        ValueError: A field that does not exist, or fields that do not go together; the message says which and what
+            to do.
+    """
+
+    model_type = "urform"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"d_model": "hidden_size"}
+    # Relative to a stack; transformers prefixes them with `encoder.` and `decoder.`.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    architecture: Literal["encoder", "decoder", "encoder-decoder"] = "encoder-decoder"
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int = 2048
+    hidden_act: str = "relu"
+
+    decoder_num_hidden_layers: int | None = None
+    decoder_num_attention_heads: int | None = None
+    decoder_num_key_value_heads: int | None = None
+    decoder_head_dim: int | None = None
+    decoder_intermediate_size: int | None = None
+    decoder_layer_types: list[str] | None = None
+
+    norm_position: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    norm_bias: bool = True
+    norm_offset: int | float = 0.0
+    final_norm: bool | None = None
+
+    position_encoding: Literal["sinusoidal", "learned", "rope", "alibi", "t5", "none"] = "sinusoidal"
+    max_position_embeddings: int = 1024
+    position_offset: int = 0
+    rope_parameters: dict | None = None
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+
+    attention_bias: bool = True
+    qk_norm: bool = False
+    attention_scale: int | float | None = None
+    attn_logit_softcapping: int | float | None = None
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+
+    mlp_bias: bool = True
+    gated_mlp: bool = False
+
+    scale_embedding: bool = True
+    embedding_norm: bool = False
+    type_vocab_size: int = 0
+    share_embeddings: bool = True
+    tie_word_embeddings: bool = True
+    lm_head_bias: bool = False
+    lm_head_transform: bool = False
+    logit_scale: int | float = 1.0
+    final_logit_softcapping: int | float | None = None
+    classifier_pooling: Literal["first", "last", "mean"] | None = None
+    classifier_activation: str | None = "tanh"
+
+    hidden_dropout_prob: int | float = _probability(default=0.1)
+    attention_dropout: int | float = _probability(default=0.0)
+    activation_dropout: int | float = _probability(default=0.0)
+    classifier_dropout: int | float | None = None
+    initializer: Literal["normal", "xavier", "gpt2", "t5"] = "normal"
+    initializer_range: float = _probability(default=0.02)
+
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    decoder_start_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for alias in self.attribute_map.keys() & kwargs.keys():
+            setattr(self, alias, kwargs.pop(alias))
+        self._refuse_unknown(kwargs)
+        if isinstance(self.rope_parameters, dict):  # the library writes into it; the caller's dict stays as it is
+            self.rope_parameters = copy.deepcopy(self.rope_parameters)
+        self.is_encoder_decoder = self.architecture == "encoder-decoder"
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self._need(
+                self.hidden_size % self.num_attention_heads == 0,
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
+                "change one of them or set head_dim",
+            )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        if self.is_encoder_decoder:
+            self._resolve_decoder()
+        super().__post_init__(**kwargs)
+
+    def _resolve_decoder(self) -> None:
+        """Fills the decoder's sizes in; transformers reads them by stripping the prefix, so None would reach it."""
+        own_heads = self.decoder_num_attention_heads is not None
+        if self.decoder_num_key_value_heads is None and own_heads:
+            self.decoder_num_key_value_heads = self.decoder_num_attention_heads
+        if self.decoder_head_dim is None and own_heads:
+            self._need(
+                self.hidden_size % self.decoder_num_attention_heads == 0,
+                f"hidden_size={self.hidden_size} is not a multiple of decoder_num_attention_heads="
+                f"{self.decoder_num_attention_heads}; change one of them or set decoder_head_dim",
+            )
+            self.decoder_head_dim = self.hidden_size // self.decoder_num_attention_heads
+        for name in _DECODER_SIZES:
+            if getattr(self, f"decoder_{name}") is None:
+                setattr(self, f"decoder_{name}", getattr(self, name))
+        if self.decoder_layer_types is None:
+            same = self.decoder_num_hidden_layers == self.num_hidden_layers
+            types = self.layer_types if same else ["full_attention"] * self.decoder_num_hidden_layers
+            self.decoder_layer_types = list(types)
+        if self.decoder_start_token_id is None:
+            self.decoder_start_token_id = self.bos_token_id
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        generation = GenerationConfig._get_default_generation_params()
+        known = {field.name for field in fields(self)}
+        for key in kwargs:
+            if key.startswith("_") or key in _LIBRARY_KEYS or key in generation:
+                continue
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see help(UrformConfig) for the fields there are"
+            raise ValueError(f"UrformConfig has no field {key!r} (given {kwargs[key]!r}); {hint}")
+
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """As the library's, for RoPE only; rotary settings beside another position encoding are refused."""
+        if self.position_encoding == "rope":
+            return super().convert_rope_params_to_dict(**kwargs)
+        given = [k for k in ("rope_theta", "rope_scaling", "partial_rotary_factor") if kwargs.get(k) is not None]
+        given += ["rope_parameters"] if self.rope_parameters else []
+        self._need(
+            not given,
+            f"{' and '.join(given)} given, but position_encoding={self.position_encoding!r} has no rotary positions; "
+            'drop it or set position_encoding="rope"',
+        )
+        self.rope_parameters = None
+        return kwargs
+
+    @property
+    def rope_is_per_layer_type(self) -> bool:
+        """Whether `rope_parameters` holds one dict per layer type."""
+        return bool(self.rope_parameters) and set(self.rope_parameters) <= {"full_attention", "sliding_attention"}
+
+    def stack_sizes(self, decoder: bool) -> StackSizes:
+        """The sizes of the decoder or of the encoder; with one stack only, of that stack."""
+        prefix = "decoder_" if decoder and self.is_encoder_decoder else ""
+        return StackSizes(*(getattr(self, prefix + name) for name in StackSizes._fields))
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "UrformConfig":
+        """A named Transformer from the table in `presets_urform.py`, with fields overridden.
+
+        Args:
+            name: One of `list_presets()`.
+            **overrides: Any field of `UrformConfig`.
+
+        Raises:
+            ValueError: The name is not in the table.
+        """
+        if name not in PRESETS:
+            near = difflib.get_close_matches(name, PRESETS, n=1)
+            raise ValueError(
+                f"preset {name!r} is unknown{f'; did you mean {near[0]!r}?' if near else ''} "
+                f"There are: {', '.join(sorted(PRESETS))}"
+            )
+        return cls(**{**copy.deepcopy(PRESETS[name].fields), **overrides})
+
+    @staticmethod
+    def _need(condition: bool, message: str) -> None:
+        if not condition:
+            raise ValueError(message)
+
+    def validate_architecture(self) -> None:
+        """What may go with what; part of `@strict` validation (at construction and at saving)."""
+        need = self._need
+        sizes = ["vocab_size", "hidden_size", "max_position_embeddings", *_DECODER_SIZES]
+        sizes += [f"decoder_{name}" for name in _DECODER_SIZES]
+        for name in sizes:
+            value = getattr(self, name)
+            need(value is None or value > 0, f"{name}={value} must be a positive integer")
+        for name in ("position_offset", "type_vocab_size"):
+            need(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 means none")
+        for name in ("hidden_act", "classifier_activation"):
+            value = getattr(self, name)
+            need(value is None or value in ACT2FN, f"{name}={value!r} is unknown; use one of {sorted(ACT2FN)}")
+        for name in ("norm_eps", "attention_scale", "attn_logit_softcapping", "final_logit_softcapping"):
+            value = getattr(self, name)
+            need(value is None or value > 0, f"{name}={value} must be positive, or None where it is optional")
+        if self.architecture != "encoder-decoder":
+            for name in (*_DECODER_SIZES, "layer_types"):
+                value = getattr(self, f"decoder_{name}")
+                need(
+                    value is None,
+                    f"decoder_{name}={value} is for architecture='encoder-decoder'; this is "
+                    f"architecture={self.architecture!r}: use {name}",
+                )
+        else:
+            need(
+                self.position_encoding != "rope" or self.decoder_head_dim == self.head_dim,
+                f"decoder_head_dim={self.decoder_head_dim} must equal head_dim={self.head_dim} under "
+                'position_encoding="rope": the rotary table is one',
+            )
+        for decoder in {False, self.is_encoder_decoder}:
+            self._validate_stack("decoder_" if decoder else "", self.stack_sizes(decoder))
+        need(
+            self.type_vocab_size == 0 or self.architecture == "encoder",
+            f"type_vocab_size={self.type_vocab_size} is for architecture='encoder'; set it to 0",
+        )
+        need(
+            not self.lm_head_transform or self.architecture == "encoder",
+            "lm_head_transform=True is the masked-LM head of architecture='encoder'; set it to False",
+        )
+
+    def _validate_stack(self, prefix: str, sizes: StackSizes) -> None:
+        need = self._need
+        heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
+        need(
+            heads % groups == 0,
+            f"{prefix}num_key_value_heads={groups} must divide {prefix}num_attention_heads={heads}",
+        )
+        need(
+            len(sizes.layer_types) == sizes.num_hidden_layers
+            and set(sizes.layer_types) <= {"full_attention", "sliding_attention"},
+            f"{prefix}layer_types={sizes.layer_types} must name 'full_attention' or 'sliding_attention' for each of "
+            f"the {sizes.num_hidden_layers} layers of {prefix}num_hidden_layers",
+        )
+        need(
+            "sliding_attention" not in sizes.layer_types or (self.sliding_window or 0) > 0,
+            f"{prefix}layer_types has 'sliding_attention', but sliding_window={self.sliding_window}; set it to a "
+            "positive number of tokens",
+        )
+        if self.position_encoding == "rope":
+            need(
+                sizes.head_dim % 2 == 0,
+                f"{prefix}head_dim={sizes.head_dim} must be even under position_encoding='rope': it rotates pairs",
+            )
+            if self.rope_is_per_layer_type:
+                missing = set(sizes.layer_types) - set(self.rope_parameters or {})
+                need(not missing, f"rope_parameters lacks an entry for the layer types {sorted(missing)}")
+        if self.position_encoding == "sinusoidal":
+            need(
+                self.hidden_size % 2 == 0,
+                f"hidden_size={self.hidden_size} must be even under position_encoding='sinusoidal': sine and cosine "
+                "come in pairs",
+            )
+
+
+def list_presets() -> dict[str, str]:
+    """The named Transformers of `UrformConfig.from_preset`: name -> the paper or family that it reproduces."""
+    return {name: preset.source for name, preset in PRESETS.items()}

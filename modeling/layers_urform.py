@@ -1,0 +1,391 @@
+# Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
+"""The parts of the Transformer: norms, positions, attention, feed-forward, block.
+
+One `UrformAttention`, one `UrformMLP` and one `UrformLayer` serve encoder, decoder and encoder-decoder. They read
+their axes from the config and know nothing of padding: masks and biases come from the stack.
+
+Shapes: B batch, L queries, S keys, H heads, G key/value heads, D head dim, E hidden.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..configuration.configuration_urform import UrformConfig
+from .kernels.attention_biases import ALiBi, T5Bias
+
+
+class UrformLayerNorm(nn.Module):
+    """LayerNorm (Ba et al. 2016), optionally without bias; the weight is stored less `offset`."""
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0, bias: bool = True):
+        super().__init__()
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight = self.weight + self.offset if self.offset else self.weight
+        return nn.functional.layer_norm(hidden, weight.shape, weight, self.bias, self.eps)
+
+
+class UrformRMSNorm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019), computed in at least float32; the weight is stored less `offset`."""
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
+        super().__init__()
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.offset:  # Gemma multiplies before it rounds
+            return (wide * (self.weight.to(wide.dtype) + self.offset)).to(hidden.dtype)
+        return wide.to(hidden.dtype) * self.weight
+
+
+def build_norm(config: UrformConfig) -> nn.Module:
+    """The norm that the config asks for, over the residual stream."""
+    if config.norm_type == "rmsnorm":
+        return UrformRMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+    return UrformLayerNorm(config.hidden_size, config.norm_eps, config.norm_offset, config.norm_bias)
+
+
+class UrformEmbedding(nn.Embedding):
+    """Token embeddings, multiplied by `embed_scale` (Vaswani et al. 2017, section 3.4)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, embed_scale: float):
+        super().__init__(num_embeddings, embedding_dim, padding_idx)
+        self.embed_scale = embed_scale
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        embeds = super().forward(input_ids)
+        return embeds if self.embed_scale == 1.0 else embeds * self.embed_scale
+
+
+def sinusoidal_positions(position_ids: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Sine on even and cosine on odd features (Vaswani et al. 2017, section 3.5): integer `[B, L]` to `[B, L, size]`.
+
+    Computed, not stored: no length is too long.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    rate = torch.exp(torch.arange(0, size, 2, device=position_ids.device, dtype=wide) * (-math.log(10000.0) / size))
+    angle = position_ids[..., None].to(wide) * rate
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2).to(dtype)
+
+
+class UrformRotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions (Su et al. 2021), with every scaling that transformers knows.
+
+    Args:
+        config: the model's config.
+        layer_type: which entry of `rope_parameters` to read where it has one per layer type.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, config: UrformConfig, layer_type: str):
+        super().__init__()
+        if config.rope_is_per_layer_type:  # transformers' functions then see the flat form
+            config = copy.deepcopy(config)
+            config.rope_parameters = config.rope_parameters[layer_type]
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: UrformConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
+        """Inverse frequencies of the unscaled form, over the rotated part of the head."""
+        size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponent = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Integer positions `[B, L]` to cosines and sines `[B, 1, L, rotated]`, in the dtype of `x`."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        angle = position_ids[:, None, :, None].to(wide) * self.inv_freq.to(x.device, wide)
+        angle = torch.cat((angle, angle), dim=-1)
+        return (angle.cos() * self.attention_scaling).to(x.dtype), (angle.sin() * self.attention_scaling).to(x.dtype)
+
+
+def rotate(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + half) of the first `cos.shape[-1]` features by their angles."""
+    rotated, kept = x_BHLD[..., : cos.shape[-1]], x_BHLD[..., cos.shape[-1] :]
+    left, right = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.cat((rotated, kept), dim=-1) if kept.shape[-1] else rotated
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """The geometric slopes of Press et al. 2022, section 3, for any number of heads."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    if power < num_heads:  # the odd ones of the next power of two fill up
+        slopes += [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * (num_heads - power), 2)]
+    return slopes
+
+
+class UrformPositionBias(nn.Module):
+    """What a stack adds to its self-attention scores by relative position: ALiBi's slopes or T5's table."""
+
+    def __init__(self, config: UrformConfig, is_decoder: bool):
+        super().__init__()
+        self.num_heads = config.stack_sizes(is_decoder).num_attention_heads
+        self.bidirectional = not is_decoder
+        self.max_distance = config.relative_attention_max_distance
+        self.table = None
+        if config.position_encoding == "t5":
+            self.table = nn.Embedding(config.relative_attention_num_buckets, self.num_heads)
+            self.table._init_std = config.hidden_size**-0.5 if config.initializer == "t5" else None
+
+    def bias(self, device: torch.device) -> ALiBi | T5Bias:
+        """The bias as an object, as `attention()` takes it."""
+        if self.table is None:
+            return ALiBi(torch.tensor(alibi_slopes(self.num_heads), device=device))
+        return T5Bias(self.table.weight, bidirectional=self.bidirectional, max_distance=self.max_distance)
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Integer positions `[1, L]` and `[1, S]` to the dense bias `[1, H, L, S]`."""
+        return self.bias(query_positions.device).dense(query_positions, key_positions).to(dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention under transformers' interface; the one that returns weights.
+
+    Args:
+        module: the attention module; read for `num_key_value_groups` and `training`.
+        query: `[B, H, L, D]`.
+        key: `[B, G, S, D]`.
+        value: `[B, G, S, D]`.
+        attention_mask: additive `[B, 1, L, S]` or None.
+        scaling: factor on the scores.
+        dropout: probability of dropping an attention weight.
+        softcap: `softcap * tanh(score / softcap)` before mask and bias.
+        position_bias: added to the scores, `[1 or B, H, L, S]`.
+        **kwargs: what other implementations need.
+
+    Returns:
+        The output `[B, L, H, D]` and the attention weights `[B, H, L, S]`.
+    """
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class UrformAttention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, section 3.2), over the sequence itself or over encoder states."""
+
+    def __init__(self, config: UrformConfig, layer_idx: int, is_decoder: bool, is_cross_attention: bool = False):
+        super().__init__()
+        sizes = config.stack_sizes(is_decoder)
+        heads, groups, width = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = width
+        self.num_key_value_groups = heads // groups
+        self.is_causal = is_decoder and not is_cross_attention
+        self.scaling = width**-0.5 if config.attention_scale is None else config.attention_scale
+        self.dropout = config.attention_dropout
+        self.softcap = config.attn_logit_softcapping
+        sliding = not is_cross_attention and sizes.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+
+        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups * width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = UrformRMSNorm(width, config.norm_eps, config.norm_offset) if config.qk_norm else None
+        self.k_norm = UrformRMSNorm(width, config.norm_eps, config.norm_offset) if config.qk_norm else None
+        if config.initializer == "gpt2":
+            self.o_proj._init_std = config.initializer_range / math.sqrt(2 * sizes.num_hidden_layers)
+        elif config.initializer == "t5":
+            self.q_proj._init_std = (config.hidden_size * width) ** -0.5
+            self.k_proj._init_std = self.v_proj._init_std = config.hidden_size**-0.5
+            self.o_proj._init_std = (heads * width) ** -0.5
+
+    def _keys_values(self, states: Tensor, positions: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        shape = (*states.shape[:-1], -1, self.head_dim)
+        key = self.k_proj(states).view(shape).transpose(1, 2)
+        value = self.v_proj(states).view(shape).transpose(1, 2)
+        if self.k_norm is not None:
+            key = self.k_norm(key)
+        return (key if positions is None else rotate(key, *positions)), value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `hidden_states` `[B, L, E]` to itself, or to `key_value_states` `[B, S, E]` if given."""
+        is_cross = key_value_states is not None
+        query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        if position_embeddings is not None:
+            query = rotate(query, *position_embeddings)
+
+        cache, is_cached = past_key_values, False
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cache = past_key_values.cross_attention_cache if is_cross else past_key_values.self_attention_cache
+            is_cached = is_cross and bool(past_key_values.is_updated.get(self.layer_idx))
+        if is_cached:
+            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        else:
+            key, value = self._keys_values(key_value_states if is_cross else hidden_states, position_embeddings)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+            if is_cross and isinstance(past_key_values, EncoderDecoderCache):
+                past_key_values.is_updated[self.layer_idx] = True
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            softcap=self.softcap,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class UrformMLP(nn.Module):
+    """The feed-forward layer (Vaswani et al. 2017, section 3.3), gated if the config says so (Shazeer 2020)."""
+
+    def __init__(self, config: UrformConfig, is_decoder: bool):
+        super().__init__()
+        size, inner = config.hidden_size, config.stack_sizes(is_decoder).intermediate_size
+        self.gate_proj = nn.Linear(size, inner, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(size, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = config.activation_dropout
+        if config.initializer == "gpt2":
+            layers = config.stack_sizes(is_decoder).num_hidden_layers
+            self.down_proj._init_std = config.initializer_range / math.sqrt(2 * layers)
+        elif config.initializer == "t5":
+            self.down_proj._init_std = inner**-0.5
+            for projection in (self.gate_proj, self.up_proj):
+                if projection is not None:
+                    projection._init_std = size**-0.5
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            hidden = self.act_fn(self.up_proj(hidden))
+        else:
+            hidden = self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden)
+        return self.down_proj(nn.functional.dropout(hidden, p=self.dropout, training=self.training))
+
+
+class UrformLayer(GradientCheckpointingLayer):
+    """One block: self-attention, cross-attention where there is an encoder to read, feed-forward."""
+
+    def __init__(self, config: UrformConfig, layer_idx: int, is_decoder: bool):
+        super().__init__()
+        self.norm_position = config.norm_position
+        self.dropout = config.hidden_dropout_prob
+        self.layer_type = config.stack_sizes(is_decoder).layer_types[layer_idx]
+        self.self_attn = UrformAttention(config, layer_idx, is_decoder)
+        self.cross_attn = None
+        if is_decoder and config.is_encoder_decoder:
+            self.cross_attn = UrformAttention(config, layer_idx, is_decoder, is_cross_attention=True)
+        self.mlp = UrformMLP(config, is_decoder)
+        for name in ("self_attn", "cross_attn", "mlp"):
+            if getattr(self, name) is not None:
+                self.add_module(f"{name}_norm", build_norm(config))
+                if config.norm_position == "sandwich":
+                    self.add_module(f"{name}_post_norm", build_norm(config))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`[B, L, E]` to `[B, L, E]`; `kwargs` (packing) and `position_bias` are for self-attention alone."""
+        block_input = hidden_states
+
+        def self_attention(hidden: Tensor) -> Tensor:
+            return self.self_attn(
+                hidden,
+                attention_mask,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                position_bias=position_bias,
+                **kwargs,
+            )[0]
+
+        def cross_attention(hidden: Tensor) -> Tensor:
+            return self.cross_attn(
+                hidden, encoder_attention_mask, key_value_states=encoder_hidden_states, past_key_values=past_key_values
+            )[0]
+
+        hidden_states = self._residual("self_attn", self_attention, hidden_states, block_input)
+        if self.cross_attn is not None:
+            hidden_states = self._residual("cross_attn", cross_attention, hidden_states, block_input)
+        return self._residual("mlp", self.mlp, hidden_states, block_input)
+
+    def _residual(self, name: str, sublayer: Callable, hidden: Tensor, block_input: Tensor) -> Tensor:
+        """One sublayer with its norm, dropout and residual connection, in the order of `norm_position`."""
+        norm = getattr(self, f"{name}_norm")
+        if self.norm_position == "post":
+            return norm(hidden + self._drop(sublayer(hidden)))
+        output = sublayer(norm(block_input if self.norm_position == "parallel" else hidden))
+        if self.norm_position == "sandwich":
+            output = getattr(self, f"{name}_post_norm")(output)
+        return hidden + self._drop(output)
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        return nn.functional.dropout(hidden, p=self.dropout, training=self.training)

@@ -1,0 +1,664 @@
+# Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
+"""Urform's models: the backbone and its heads.
+
+`UrformModel` holds an encoder, a decoder or both, as `config.architecture` says; a head is the backbone, one layer and
+a loss. The stacks are in `stack_urform.py`, their blocks in `layers_urform.py`.
+
+Shapes: B batch, L (target) length, S source length, E hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    ModelOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+    Seq2SeqQuestionAnsweringModelOutput,
+    Seq2SeqSequenceClassifierOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils import can_return_tuple
+
+from ..configuration.configuration_urform import UrformConfig
+from .layers_urform import build_norm
+from .stack_urform import UrformDecoder, UrformEncoder, UrformPreTrainedModel, find_documents
+
+
+def shift_right(ids: Tensor, start: int, pad: int, mask: Tensor | None = None) -> Tensor:
+    """Teacher forcing: `[start, x_0 .. x_{L-2}]`, where `mask` `[B, L]` says which tokens are real (None: all).
+
+    In a left-padded row the start token stands at the first real place, so the row is what it is without padding.
+    """
+    shifted = ids.roll(1, dims=-1)
+    if mask is None:
+        first = torch.zeros_like(ids, dtype=torch.bool)
+        first[:, 0] = True
+    else:
+        mask = mask.bool()
+        first = mask & (mask.cumsum(-1) == 1)
+    shifted = shifted.masked_fill(first, start)
+    shifted = shifted if mask is None else shifted.masked_fill(~mask, pad)
+    return shifted.masked_fill(shifted == -100, pad)
+
+
+def start_and_pad(config: UrformConfig) -> tuple[int, int]:
+    """`decoder_start_token_id` and `pad_token_id`, which teacher forcing needs."""
+    for name in ("decoder_start_token_id", "pad_token_id"):
+        if getattr(config, name) is None:
+            raise ValueError(f"config.{name} is None, but the decoder's input is shifted with it; set it")
+    return config.decoder_start_token_id, config.pad_token_id
+
+
+def _rest(outputs: ModelOutput) -> dict[str, Any]:
+    """All but the hidden state, to hand on."""
+    return {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+
+
+class UrformModel(UrformPreTrainedModel):
+    """The backbone: an encoder, a decoder or both, without a head."""
+
+    def __init__(self, config: UrformConfig):
+        super().__init__(config)
+        if config.architecture != "decoder":
+            self.encoder = UrformEncoder(config)
+        if config.architecture != "encoder":
+            self.decoder = UrformDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table that reads `input_ids`."""
+        return (self.decoder if self.config.architecture == "decoder" else self.encoder).embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace that table, on both sides where they share it."""
+        if self.config.architecture != "decoder":
+            self.encoder.embed_tokens = value
+        if self.config.architecture == "decoder" or (self.config.is_encoder_decoder and self.config.share_embeddings):
+            self.decoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        encoder_outputs: ModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Seq2SeqModelOutput | BaseModelOutput | BaseModelOutputWithPastAndCrossAttentions:
+        """Run the Transformer; arguments that begin with `decoder_` are for an encoder-decoder.
+
+        Args:
+            input_ids: `[B, S]`, tokens of the source or of the only stack.
+            attention_mask: `[B, S]`, 1 for real tokens, 0 for padding on any side; also 4D, or one per layer type.
+            decoder_input_ids: `[B, L]`; None: `input_ids` shifted right.
+            decoder_attention_mask: `[B, L]`.
+            position_ids: `[B, S]`; None: real tokens are counted. Where they begin anew, a new document begins, and
+                documents do not see each other (packing).
+            decoder_position_ids: The same for the target.
+            token_type_ids: `[B, S]`, for configs with `type_vocab_size`.
+            encoder_outputs: The encoder's output, to run the decoder alone.
+            past_key_values: A cache; an `EncoderDecoderCache` for an encoder-decoder.
+            inputs_embeds: `[B, S, E]` instead of `input_ids`.
+            decoder_inputs_embeds: `[B, L, E]` instead of `decoder_input_ids`.
+            use_cache: Whether to fill and return a cache. None: as configured.
+            **kwargs: `output_hidden_states`, `output_attentions`; `cu_seq_lens_q`, `cu_seq_lens_k` (int `[documents +
+                1]`), `max_length_q`, `max_length_k` for one packed row (an encoder-decoder's targets are q, its
+                sources k).
+
+        Raises:
+            ValueError: Ids outside the vocabulary, positions beyond the learned table, empty or missing inputs,
+                packed sides that disagree.
+        """
+        config = self.config
+        source = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        target = {
+            "input_ids": decoder_input_ids,
+            "attention_mask": decoder_attention_mask,
+            "position_ids": decoder_position_ids,
+            "inputs_embeds": decoder_inputs_embeds,
+        }
+        caching = {"past_key_values": past_key_values, "use_cache": use_cache}
+        if config.is_encoder_decoder:
+            source["token_type_ids"] = token_type_ids
+            return self._encode_decode(source, {**target, **caching}, encoder_outputs, **kwargs)
+        for name, value in {**target, "outputs": encoder_outputs}.items():
+            if value is not None:
+                name = "encoder_outputs" if name == "outputs" else f"decoder_{name}"
+                raise ValueError(f"{name} is for an encoder-decoder; this is architecture={config.architecture!r}")
+        if config.architecture == "decoder":
+            return self.decoder(**source, **caching, **kwargs)
+        return self.encoder(**source, token_type_ids=token_type_ids, **kwargs)
+
+    def _encode_decode(
+        self,
+        source: dict[str, Any],
+        target: dict[str, Any],
+        encoder_outputs: ModelOutput | tuple | None,
+        **kwargs: Any,
+    ) -> Seq2SeqModelOutput:
+        for side, letter in ((target, "q"), (source, "k")):  # each stack attends to itself: its queries are its keys
+            lengths, longest = kwargs.get(f"cu_seq_lens_{letter}"), kwargs.get(f"max_length_{letter}")
+            if lengths is not None:
+                side.update(cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=longest, max_length_k=longest)
+        kwargs = {key: value for key, value in kwargs.items() if not key.startswith(("cu_seq_lens_", "max_length_"))}
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(**source, **kwargs)
+        elif not isinstance(encoder_outputs, ModelOutput):
+            names = ("last_hidden_state", "hidden_states", "attentions")
+            encoder_outputs = BaseModelOutput(**dict(zip(names, encoder_outputs, strict=False)))
+        states, mask = encoder_outputs.last_hidden_state, source["attention_mask"]
+        if target["input_ids"] is None and target["inputs_embeds"] is None:
+            self._shift_source(source, target)
+        outputs = self.decoder(
+            **target,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            encoder_documents=find_documents(
+                states.shape[1],
+                source["position_ids"],
+                mask if mask is not None and mask.ndim == 2 else None,
+                source.get("cu_seq_lens_q"),
+            ),
+            **kwargs,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=states,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+    def _shift_source(self, source: dict[str, Any], target: dict[str, Any]) -> None:
+        """Give the decoder, where it has no input, the source behind the start token (as BART does)."""
+        input_ids, embeds, mask = source["input_ids"], source["inputs_embeds"], source["attention_mask"]
+        if input_ids is None and embeds is None:
+            raise ValueError("decoder_input_ids is missing; give it, decoder_inputs_embeds or labels")
+        if target["attention_mask"] is None:
+            target["attention_mask"] = mask
+        start, pad = start_and_pad(self.config)
+        if input_ids is not None:
+            target["input_ids"] = shift_right(input_ids, start, pad, mask)
+            return
+        places = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
+        places = shift_right(places, -1, 0, mask)  # which embedding comes here; -1 is the start token's
+        first = self.decoder.embed_tokens(torch.full_like(places[:, :1], start))
+        shifted = torch.take_along_dim(embeds, places.clamp(min=0)[..., None], dim=1)
+        target["inputs_embeds"] = torch.where((places < 0)[..., None], first, shifted)
+
+
+class UrformEncoderModel(UrformPreTrainedModel):
+    """The encoder alone, of an encoder or of an encoder-decoder: text to vectors."""
+
+    _architectures = ("encoder", "encoder-decoder")
+    _keys_to_ignore_on_load_unexpected = [r"decoder\..*", r"lm_head\..*"]
+
+    def __init__(self, config: UrformConfig):
+        super().__init__(config)
+        self.encoder = UrformEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table that reads `input_ids`."""
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace that table."""
+        self.encoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutput:
+        """As `UrformModel.forward`, with the encoder's arguments."""
+        return self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+def keep_logits(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The positions whose logits are asked for: the last n (0: all), or those of an index or boolean tensor."""
+    if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 2:
+        if logits_to_keep.dtype == torch.bool:
+            return hidden[logits_to_keep]
+        return torch.take_along_dim(hidden, logits_to_keep[..., None], dim=1)
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    return hidden[:, logits_to_keep]
+
+
+class UrformLMTransform(nn.Module):
+    """Dense, activation and norm before the output projection (BERT's MLM head; Devlin et al. 2019)."""
+
+    def __init__(self, config: UrformConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.norm = build_norm(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.act_fn(self.dense(hidden)))
+
+
+class UrformLanguageModel(UrformPreTrainedModel):
+    """A backbone and its output projection; use one of the three heads below."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: UrformConfig):
+        super().__init__(config)
+        self.model = UrformModel(config)
+        self.transform = UrformLMTransform(config) if config.lm_head_transform else None
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    def project(self, hidden: Tensor, logits_to_keep: int | Tensor = 0) -> Tensor:
+        """Hidden states `[B, L, E]` to logits `[B, kept, V]`."""
+        hidden = keep_logits(hidden, logits_to_keep)
+        if self.transform is not None:
+            hidden = self.transform(hidden)
+        logits = self.lm_head(hidden)
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
+    """Sequence to sequence: translation, summarization, dialogue."""
+
+    _architectures = ("encoder-decoder",)
+
+    def __init__(self, config: UrformConfig):
+        super().__init__(config)
+        self.loss_type = "ForMaskedLM"  # the labels are not shifted again
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Labels `[B, L]` shifted right, for collators and label smoothing."""
+        return shift_right(labels, *start_and_pad(self.config))
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """As the library's, but the cross-attention's cache slides in no layer."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, EncoderDecoderCache) and "sliding_attention" in self.config.decoder_layer_types:
+            full = self.config.get_text_config(decoder=True)
+            full.layer_types, full.sliding_window = ["full_attention"] * full.num_hidden_layers, None
+            if isinstance(cache.cross_attention_cache, StaticCache):
+                length = model_kwargs["encoder_outputs"][0].shape[1]
+                cache.cross_attention_cache = StaticCache(config=full, max_cache_len=length)
+            else:
+                cache.cross_attention_cache = DynamicCache(config=full)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        encoder_outputs: ModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        """See `UrformModel.forward`.
+
+        Args:
+            labels: `[B, L]`, -100 where there is no loss; the decoder's input is made of them if none is given.
+            logits_to_keep: Compute logits of the last so many positions only (0: all), or of those indexed.
+        """
+        if labels is not None:
+            use_cache = False
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                if decoder_attention_mask is None:  # labels padded on the left: what stands there is no target
+                    decoder_attention_mask = (labels != -100).cummax(-1).values.long()
+                decoder_input_ids = shift_right(labels, *start_and_pad(self.config), decoder_attention_mask)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            position_ids=position_ids,
+            decoder_position_ids=decoder_position_ids,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **_without_loss(kwargs),
+        )
+        logits = self.project(outputs.last_hidden_state, logits_to_keep)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return Seq2SeqLMOutput(loss=loss, logits=logits, **_rest(outputs))
+
+
+class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
+    """Left-to-right language model."""
+
+    _architectures = ("decoder",)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """See `UrformModel.forward`.
+
+        Args:
+            labels: `[B, L]`, the ids themselves (the loss shifts them), -100 where there is no loss.
+            logits_to_keep: Compute logits of the last so many positions only (0: all), or of those indexed.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **_without_loss(kwargs),
+        )
+        logits = self.project(outputs.last_hidden_state, logits_to_keep)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class UrformForMaskedLM(UrformLanguageModel):
+    """Masked language model (Devlin et al. 2019)."""
+
+    _architectures = ("encoder",)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """See `UrformModel.forward`; `labels` `[B, S]` are -100 where there is no loss."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **_without_loss(kwargs),
+        )
+        logits = self.project(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class UrformClassifier(nn.Module):
+    """Dropout, dense and activation (if the config has one), dropout, output."""
+
+    def __init__(self, config: UrformConfig, num_labels: int, dense: bool = True):
+        super().__init__()
+        rate = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
+        self.dense = None
+        if dense and config.classifier_activation is not None:
+            self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+            self.act_fn = ACT2FN[config.classifier_activation]
+        self.out_proj = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.dense is not None:
+            hidden = self.act_fn(self.dense(self.dropout(hidden)))
+        return self.out_proj(self.dropout(hidden))
+
+
+def pool(hidden: Tensor, real: Tensor, config: UrformConfig) -> Tensor:
+    """The first real token's state, the last one's, or the mean over real ones: `[B, L, E]` to `[B, E]`."""
+    how = config.classifier_pooling or ("first" if config.architecture == "encoder" else "last")
+    if how == "mean":
+        weights = real.to(hidden.dtype)[..., None]
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    place = (places * real).amax(1) if how == "last" else real.long().argmax(1)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), place]
+
+
+def real_tokens(hidden: Tensor, ids: Tensor | None, mask: Tensor | None, pad: int | None) -> Tensor:
+    """Which tokens are real, bool `[B, L]`: by the mask, else by the pad token, else all."""
+    if mask is not None and mask.ndim == 2:
+        return mask.to(hidden.device).bool()
+    if ids is not None and pad is not None:
+        return (ids != pad).to(hidden.device)
+    return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+
+
+def _without_loss(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key not in ("num_items_in_batch", "shift_labels")}
+
+
+class UrformForSequenceClassification(UrformPreTrainedModel):
+    """One label, several labels or numbers for a text."""
+
+    def __init__(self, config: UrformConfig):
+        super().__init__(config)
+        self.model = UrformModel(config)
+        self.classifier = UrformClassifier(config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput | Seq2SeqSequenceClassifierOutput:
+        """See `UrformModel.forward`; `labels` `[B]` are classes or numbers, `[B, num_labels]` several of them."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=False if labels is not None else use_cache,
+            **_without_loss(kwargs),
+        )
+        hidden, ids, mask = outputs.last_hidden_state, input_ids, attention_mask
+        if decoder_input_ids is not None or decoder_inputs_embeds is not None:
+            ids, mask = decoder_input_ids, decoder_attention_mask
+        logits = self.classifier(pool(hidden, real_tokens(hidden, ids, mask, self.config.pad_token_id), self.config))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            items = kwargs.get("num_items_in_batch")
+            if items is not None and self.config.problem_type != "single_label_classification":
+                loss = loss * labels.numel() / items  # the library's loss is a mean here
+        if self.config.is_encoder_decoder:
+            return Seq2SeqSequenceClassifierOutput(loss=loss, logits=logits, **_rest(outputs))
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class UrformForTokenClassification(UrformPreTrainedModel):
+    """A label for each token: entities, semantic roles."""
+
+    _architectures = ("encoder", "decoder")
+
+    def __init__(self, config: UrformConfig):
+        super().__init__(config)
+        self.model = UrformModel(config)
+        self.classifier = UrformClassifier(config, config.num_labels, dense=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """See `UrformModel.forward`; `labels` `[B, S]` are -100 where there is no loss."""
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **_without_loss(kwargs))
+        logits = self.classifier(outputs.last_hidden_state)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class UrformForQuestionAnswering(UrformPreTrainedModel):
+    """Where the answer begins and ends in the text."""
+
+    def __init__(self, config: UrformConfig):
+        super().__init__(config)
+        self.model = UrformModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput | Seq2SeqQuestionAnsweringModelOutput:
+        """See `UrformModel.forward`; positions `[B]` outside the text carry no loss."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            use_cache=False if start_positions is not None else use_cache,
+            **_without_loss(kwargs),
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        logits = {"start_logits": start_logits.contiguous(), "end_logits": end_logits.contiguous()}
+        if self.config.is_encoder_decoder:
+            return Seq2SeqQuestionAnsweringModelOutput(loss=loss, **logits, **_rest(outputs))
+        return QuestionAnsweringModelOutput(
+            loss=loss, **logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class UrformForMultipleChoice(UrformPreTrainedModel):
+    """Which of several texts fits best."""
+
+    _architectures = ("encoder", "decoder")
+
+    def __init__(self, config: UrformConfig):
+        super().__init__(config)
+        self.model = UrformModel(config)
+        self.classifier = UrformClassifier(config, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MultipleChoiceModelOutput:
+        """See `UrformModel.forward`, with a dimension of choices behind the batch's; `labels` `[B]` say which."""
+        choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+
+        def flat(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.flatten(0, 1)
+
+        ids, mask = flat(input_ids), flat(attention_mask)
+        outputs = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=flat(position_ids),
+            token_type_ids=flat(token_type_ids),
+            inputs_embeds=flat(inputs_embeds),
+            **_without_loss(kwargs),
+        )
+        hidden = outputs.last_hidden_state
+        real = real_tokens(hidden, ids, mask, self.config.pad_token_id)
+        logits = self.classifier(pool(hidden, real, self.config)).view(-1, choices)
+        loss = None
+        if labels is not None:
+            loss = fixed_cross_entropy(logits.float(), labels.to(logits.device), **kwargs)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )

@@ -1,0 +1,439 @@
+# Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
+"""The stack: embeddings, positions, masks, the layers of `layers_urform.py`, final norm.
+
+Padding and packing are settled here, once per stack and before its layers: positions count real tokens only,
+documents never see each other, source and target have masks of their own.
+
+Shapes: B batch, L length, S source length, E hidden.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..configuration.bundle_urform import BundledCodeMixin
+from ..configuration.configuration_urform import UrformConfig
+from .attention_interface import register_attention
+from .layers_urform import (
+    UrformAttention,
+    UrformEmbedding,
+    UrformLayer,
+    UrformPositionBias,
+    UrformRotaryEmbedding,
+    build_norm,
+    sinusoidal_positions,
+)
+
+
+register_attention()  # remote code never runs the package's __init__
+
+_MASKS: dict[tuple[str, bool], Callable] = {
+    ("full_attention", True): create_causal_mask,
+    ("full_attention", False): create_bidirectional_mask,
+    ("sliding_attention", True): create_sliding_window_causal_mask,
+    ("sliding_attention", False): create_bidirectional_sliding_window_mask,
+}
+
+
+class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
+    """What every Urform model shares: flags for the library, weight init, tied embeddings."""
+
+    config: UrformConfig
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["UrformLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _architectures: tuple[str, ...] = ("encoder", "decoder", "encoder-decoder")
+
+    def __init__(self, config: UrformConfig, *args: Any, **kwargs: Any):
+        if getattr(config, "architecture", None) not in self._architectures:
+            raise ValueError(
+                f"{type(self).__name__} serves architecture {' or '.join(map(repr, self._architectures))}, "
+                f"but config.architecture={getattr(config, 'architecture', None)!r}; "
+                "choose another head or another architecture"
+            )
+        super().__init__(config, *args, **kwargs)
+
+    @property
+    def _supports_sdpa(self) -> bool:
+        return self.config.attn_logit_softcapping is None  # PyTorch's kernels have no softcap
+
+    @property
+    def _supports_flash_attn(self) -> bool:
+        """Whether transformers' flash attention is right here.
+
+        It un-pads cross-attention's queries with the keys' mask, and has no position bias.
+        """
+        return not self.config.is_encoder_decoder and self.config.position_encoding not in ("alibi", "t5")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        config = self.config
+        std = getattr(module, "_init_std", None)
+        if std is not None:
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, nn.Linear) and config.initializer == "xavier":
+            init.xavier_uniform_(module.weight)
+        elif isinstance(module, UrformEmbedding):
+            if config.initializer in ("xavier", "t5"):
+                init.normal_(module.weight, 0.0, 1.0 if config.initializer == "t5" else config.hidden_size**-0.5)
+                if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                    init.zeros_(module.weight[module.padding_idx])
+        elif getattr(module, "offset", 0.0):
+            init.constant_(module.weight, 1.0 - module.offset)
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """Which parameter is which, as the config says: shared embeddings, tied output projection, both."""
+        config, tied = self.config, {}
+        if config.is_encoder_decoder and config.share_embeddings and hasattr(self, "decoder"):
+            tied["decoder.embed_tokens.weight"] = "encoder.embed_tokens.weight"
+        if config.tie_word_embeddings and hasattr(self, "lm_head"):
+            first = config.architecture == "encoder" or (config.is_encoder_decoder and config.share_embeddings)
+            tied["lm_head.weight"] = f"model.{'encoder' if first else 'decoder'}.embed_tokens.weight"
+        return tied
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """As the library's, but sharing between encoder and decoder does not depend on `tie_word_embeddings`."""
+        return super().get_expanded_tied_weights_keys(all_submodels=True) if all_submodels else self._tied_weights_keys
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As the library's; a decoder with a table of its own grows along."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.is_encoder_decoder and not self.config.share_embeddings and (decoder := self.get_decoder()):
+            own = decoder.embed_tokens
+            if own.num_embeddings != embeddings.num_embeddings:
+                decoder.embed_tokens = self._get_resized_embeddings(own, embeddings.num_embeddings)
+        return embeddings
+
+
+def find_documents(
+    length: int, position_ids: Tensor | None, mask: Tensor | None, cu_seq_lens: Tensor | None
+) -> Tensor | None:
+    """Number the documents of packed rows, `[B, L]`; None where every row is one document.
+
+    They are told by `cu_seq_lens` (one row), or else begin wherever `position_ids` of real tokens do not go up by one.
+    """
+    if cu_seq_lens is not None:
+        places = torch.arange(length, device=cu_seq_lens.device)
+        return torch.searchsorted(cu_seq_lens[1:].to(places), places, right=True)[None]
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != length:
+        return None
+    begins = position_ids.diff(dim=-1) != 1
+    if mask is not None and mask.shape[1] == length:
+        begins = begins & mask[:, 1:].bool() & mask[:, :-1].bool()
+    if not is_tracing(begins) and not begins.any():
+        return None
+    return nn.functional.pad(begins.long().cumsum(-1), (1, 0))
+
+
+def find_positions(
+    embeds: Tensor, mask: Tensor | None, cu_seq_lens: Tensor | None, documents: Tensor | None, past: int | Tensor
+) -> Tensor:
+    """Positions `[B or 1, L]` that count real tokens from each document's first, after `past` cached ones."""
+    length = embeds.shape[1]
+    places = torch.arange(length, device=embeds.device)
+    if cu_seq_lens is not None and documents is not None:
+        return places[None] - cu_seq_lens.to(places)[documents]
+    if mask is not None and mask.shape[1] >= length:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return (places + past)[None]
+
+
+def same_document(query_documents: Tensor, key_documents: Tensor) -> Callable:
+    """Mask function: a query sees the keys of its own document."""
+
+    def inner(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return query_documents[batch_idx, q_idx] == key_documents[batch_idx, kv_idx]
+
+    return inner
+
+
+class UrformStack(UrformPreTrainedModel):
+    """Embeddings, layers and final norm: the encoder or the decoder. Use `UrformEncoder` or `UrformDecoder`."""
+
+    is_decoder: bool
+
+    def __init__(self, config: UrformConfig):
+        super().__init__(config)
+        sizes = config.stack_sizes(self.is_decoder)
+        self.layer_types = sizes.layer_types
+        scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+        self.embed_tokens = UrformEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id, scale)
+        self.embed_positions = self.embed_token_types = self.embed_norm = None
+        self.rotary_emb = self.position_bias = self.norm = None
+        if config.position_encoding == "learned":
+            rows = config.max_position_embeddings + config.position_offset
+            self.embed_positions = nn.Embedding(rows, config.hidden_size)
+        if config.type_vocab_size:
+            self.embed_token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        if config.embedding_norm:
+            self.embed_norm = build_norm(config)
+        if config.position_encoding == "rope":
+            kinds = sorted(set(sizes.layer_types))
+            self.rotary_emb = nn.ModuleDict({kind: UrformRotaryEmbedding(config, kind) for kind in kinds})
+        if config.position_encoding in ("alibi", "t5"):
+            self.position_bias = UrformPositionBias(config, self.is_decoder)
+        self.layers = nn.ModuleList([UrformLayer(config, i, self.is_decoder) for i in range(sizes.num_hidden_layers)])
+        if config.final_norm or (config.final_norm is None and config.norm_position != "post"):
+            self.norm = build_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            side = "decoder_" if self.is_decoder and self.config.is_encoder_decoder else ""
+            raise ValueError(f"Give exactly one of {side}input_ids and {side}inputs_embeds")
+        if inputs_embeds is None:
+            self._check_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        elif inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds must be [batch, length, hidden_size={self.config.hidden_size}], "
+                f"got {list(inputs_embeds.shape)}"
+            )
+        if self.embed_token_types is not None:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+            inputs_embeds = inputs_embeds + self.embed_token_types(token_type_ids)
+        return inputs_embeds
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids must be int64 or int32 token ids, got {input_ids.dtype}; call .long() on ids")
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise ValueError(f"input_ids must be [batch, length] with at least one token, got {list(input_ids.shape)}")
+        if input_ids.device.type == "cpu" and not is_tracing(input_ids):  # on a GPU this would wait for the device
+            low, high = (int(x) for x in input_ids.aminmax())
+            if low < 0 or high >= self.embed_tokens.num_embeddings:
+                raise ValueError(
+                    f"input_ids holds {low if low < 0 else high}, outside 0..{self.embed_tokens.num_embeddings - 1}; "
+                    "the tokenizer is larger than vocab_size: call model.resize_token_embeddings(len(tokenizer))"
+                )
+
+    def _add_positions(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
+        config = self.config
+        if config.position_encoding == "sinusoidal":
+            return embeds + sinusoidal_positions(position_ids, config.hidden_size, embeds.dtype)
+        if self.embed_positions is None:
+            return embeds
+        if position_ids.device.type == "cpu" and not is_tracing(position_ids):
+            last = int(position_ids.max())
+            if last >= config.max_position_embeddings:
+                raise ValueError(
+                    f"position {last} is beyond the learned table of max_position_embeddings="
+                    f"{config.max_position_embeddings}; truncate the input (tokenizer: truncation=True, max_length="
+                    f"{config.max_position_embeddings}) or configure a longer table"
+                )
+        return embeds + self.embed_positions(position_ids + config.position_offset)
+
+    def _masks(
+        self, embeds: Tensor, attention_mask: Any, cache: Cache | None, documents: Tensor | None
+    ) -> dict[str, Any]:
+        """One mask per layer type, in the form that the attention implementation wants."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        own = None if documents is None else same_document(documents, documents)
+        return {
+            kind: _MASKS[kind, self.is_decoder](
+                config=self.config,
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                and_mask_function=own,
+            )
+            for kind in set(self.layer_types)
+        }
+
+    def _biases(self, embeds: Tensor, cache: Cache | None, past_length: int | Tensor) -> dict[str, Tensor]:
+        """The position bias `[B, H, L, S]` per layer type (a sliding cache holds fewer keys); none: an empty dict."""
+        if self.position_bias is None:
+            return {}
+        batch, length = embeds.shape[:2]
+        queries = torch.arange(length, device=embeds.device) + past_length
+        biases = {}
+        for kind in set(self.layer_types):
+            keys, offset = length, 0
+            if cache is not None:
+                keys, offset = cache.get_mask_sizes(length, self.layer_types.index(kind))
+            places = torch.arange(keys, device=embeds.device) + offset
+            biases[kind] = self.position_bias(queries[None], places[None], embeds.dtype).expand(batch, -1, -1, -1)
+        return biases
+
+    def _run(
+        self,
+        embeds: Tensor,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        cache: Cache | None = None,
+        cross: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Embeddings to final hidden states; `cross` holds the encoder's states, padding mask and documents."""
+        mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+        past = cache.get_seq_length() if cache is not None else 0
+        packed = kwargs.get("cu_seq_lens_q")
+        if packed is not None and embeds.shape[0] != 1:
+            raise ValueError(f"cu_seq_lens describe one packed row, but the batch is {embeds.shape[0]}; pack to batch 1")
+        has_past = isinstance(past, Tensor) or past > 0
+        documents = find_documents(embeds.shape[1], None if has_past else position_ids, mask, packed)
+        if position_ids is None:
+            position_ids = find_positions(embeds, mask, packed, documents, past)
+
+        hidden_states = self._add_positions(embeds, position_ids)
+        if self.embed_norm is not None:
+            hidden_states = self.embed_norm(hidden_states)
+        hidden_states = nn.functional.dropout(hidden_states, p=self.config.hidden_dropout_prob, training=self.training)
+
+        masks = self._masks(embeds, attention_mask, cache, documents)
+        biases = self._biases(embeds, cache, past)
+        rotary = self.rotary_emb.items() if self.rotary_emb is not None else ()
+        angles = {kind: module(hidden_states, position_ids) for kind, module in rotary}
+        encoder_hidden_states = None
+        if cross is not None:
+            encoder_hidden_states, *source = cross
+            kwargs["encoder_attention_mask"] = self._cross_mask(embeds, encoder_hidden_states, documents, *source)
+        if documents is not None:
+            kwargs["position_ids"] = position_ids  # by these flash attention tells documents apart
+        for layer in self.layers:  # what needs gradients goes by position: reentrant checkpointing sees only those
+            hidden_states = layer(
+                hidden_states,
+                masks[layer.layer_type],
+                encoder_hidden_states,
+                biases.get(layer.layer_type),
+                position_embeddings=angles.get(layer.layer_type),
+                **kwargs,
+            )
+        return hidden_states if self.norm is None else self.norm(hidden_states)
+
+    def _cross_mask(
+        self,
+        embeds: Tensor,
+        encoder_hidden_states: Tensor,
+        documents: Tensor | None,
+        encoder_attention_mask: Tensor | None,
+        encoder_documents: Tensor | None,
+    ) -> Any:
+        """The mask of cross-attention: padding of the source, and each target document its own source document."""
+        same = None
+        if documents is not None or encoder_documents is not None:
+            sides = [documents, encoder_documents]
+            for i, states in enumerate((embeds, encoder_hidden_states)):
+                if sides[i] is None:
+                    sides[i] = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+            ends = [side[:, -1] for side in sides]
+            if not is_tracing(ends[0]) and not torch.equal(*ends):
+                raise ValueError(
+                    f"packed rows hold {(ends[0] + 1).tolist()} targets but {(ends[1] + 1).tolist()} sources; "
+                    "position_ids and decoder_position_ids (or cu_seq_lens_k and cu_seq_lens_q) must agree"
+                )
+            same = same_document(*sides)
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=embeds,
+            attention_mask=encoder_attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            and_mask_function=same,
+        )
+
+
+class UrformEncoder(UrformStack):
+    """Bidirectional stack."""
+
+    is_decoder = False
+    _architectures = ("encoder", "encoder-decoder")
+    _can_record_outputs = {
+        "hidden_states": UrformLayer,
+        "attentions": OutputRecorder(UrformAttention, index=1, layer_name="self_attn"),
+    }
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """See `UrformModel.forward`."""
+        embeds = self._embed(input_ids, inputs_embeds, token_type_ids)
+        return BaseModelOutput(last_hidden_state=self._run(embeds, attention_mask, position_ids, **kwargs))
+
+
+class UrformDecoder(UrformStack):
+    """Causal stack; with an encoder it reads the encoder's states through cross-attention."""
+
+    is_decoder = True
+    _architectures = ("decoder", "encoder-decoder")
+    _can_record_outputs = {
+        "hidden_states": UrformLayer,
+        "attentions": OutputRecorder(UrformAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(UrformAttention, index=1, layer_name="cross_attn"),
+    }
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        encoder_documents: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """See `UrformModel.forward`; `encoder_documents` `[B, S]` numbers the documents of packed sources."""
+        if self.config.is_encoder_decoder and encoder_hidden_states is None:
+            raise ValueError("encoder_hidden_states is None; the decoder of an encoder-decoder needs them")
+        embeds = self._embed(input_ids, inputs_embeds)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+            if self.config.is_encoder_decoder:  # the cross-attention's cache slides for no layer
+                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
+        if self.config.is_encoder_decoder and not isinstance(past_key_values, EncoderDecoderCache | None):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; an encoder-decoder needs an "
+                "EncoderDecoderCache(self_attention_cache, cross_attention_cache)"
+            )
+        cache = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cache = past_key_values.self_attention_cache
+        cross = None
+        if encoder_hidden_states is not None:
+            cross = (encoder_hidden_states, encoder_attention_mask, encoder_documents)
+        kwargs.update(past_key_values=past_key_values, use_cache=use_cache)
+        hidden_states = self._run(embeds, attention_mask, position_ids, cache, cross, **kwargs)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+        )
