@@ -1,0 +1,324 @@
+"""`UrformTokenizer`: a fast tokenizer that is trained in one call and restores every text exactly.
+
+The whole state is tokenizer.json (the class has no `__init__`, so the file is loaded as it is), and what belongs to
+the model's use of it, such as `tgt_lang`, tokenizer_config.json.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from tokenizers import AddedToken, Encoding, Regex, normalizers, processors
+from transformers import BatchEncoding, TokenizersBackend
+from transformers.utils import logging
+
+from .subword_training import (
+    MODELS,
+    SPACED_LETTER,
+    UNKNOWN,
+    Corpus,
+    Files,
+    Texts,
+    normalizer,
+    smallest_vocab,
+    train_backend,
+)
+
+logger = logging.get_logger(__name__)
+
+# Ids 0 to 4. The mask takes the place of a word, and a word's space belongs to it.
+RESERVED = {"<pad>": "pad_token", "<s>": "bos_token", "</s>": "eos_token", UNKNOWN: "unk_token", "<mask>": "mask_token"}
+ROLES = ("system", "user", "assistant")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "<|assistant|>{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% elif message['role'] in ['system', 'user'] %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% else %}"
+    "{{ raise_exception('unknown role ' + message['role'] + ': use system, user or assistant') }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_SPACE_BEFORE = "\ufdd0"  # a noncharacter: marks a pre-split word that a space precedes
+
+
+class UrformTokenizer(TokenizersBackend):
+    """Fast tokenizer for Urform, and for any model: BPE, Unigram, WordPiece, byte-level BPE or characters.
+
+    Special tokens and ids: `<pad>` 0, `<s>` 1 (bos, cls), `</s>` 2 (eos, sep), `<unk>` 3, `<mask>` 4, then the
+    language tags (`<2de>`: Johnson et al. 2017), then those of the caller and of the chat template.
+
+    `decode(encode(text), skip_special_tokens=True)` is the normalised text, character by character, and the text
+    itself with `normalization=None`, for every kind but "wordpiece", which has `<unk>` for characters that are not in
+    its vocabulary. Text that spells a special token is that token (`split_special_tokens=True` prevents it).
+
+    Offsets cover exactly the characters of a token; a word's offsets include the space before it. Pre-split words
+    (`is_split_into_words=True`) become the tokens they have in running text: after the first, a word that begins with
+    a letter of a script with spaces gets its space, outside its offsets. As with truncation and padding, a call sets
+    the backend's state: use one copy per thread.
+    """
+
+    vocab_files_names: ClassVar[dict[str, str]] = {"tokenizer_file": "tokenizer.json"}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    _target_mode = False
+
+    @classmethod
+    def train(
+        cls,
+        texts: Texts | None = None,
+        *,
+        files: Files | None = None,
+        vocab_size: int = 8000,
+        model: str = "bpe",
+        min_frequency: int = 2,
+        languages: Sequence[str] = (),
+        special_tokens: Sequence[str] = (),
+        lowercase: bool = False,
+        normalization: str | None = "nfc",
+        add_bos: bool = True,
+        add_eos: bool = True,
+        chat_template: str | None = None,
+        model_max_length: int | None = None,
+        padding_side: str = "right",
+    ) -> "UrformTokenizer":
+        """Trains a tokenizer. The same corpus and arguments give the same tokenizer.json, byte by byte.
+
+        Args:
+            texts: Strings, or batches (lists) of strings. A `str` is always text, a `pathlib.Path` always a file.
+            files: Paths (`str` or `Path`, one or many) of UTF-8 files, one text per line; `.gz` and `.xz` are
+                unpacked. With `texts`, both are read.
+            vocab_size: Upper bound for `len(tokenizer)`, special tokens included. Reached unless the corpus runs out
+                of pairs that occur `min_frequency` times (of characters, for "char").
+            model: "bpe" (Sennrich et al. 2016), "unigram" (Kudo 2018), "wordpiece" (greedy longest match, Wu et al.
+                2016), "byte-bpe" (Radford et al. 2019) or "char". All but "wordpiece" fall back to, or consist of,
+                bytes and know every text.
+            min_frequency: How often a pair of pieces must occur to be merged.
+            languages: Language codes; "de" becomes the special token `<2de>`, which swallows spaces after it.
+            special_tokens: Further special tokens.
+            lowercase: Whether to lower-case the text (decoding cannot undo it).
+            normalization: "nfc", "nfkc" or None.
+            add_bos: Whether every sequence begins with `<s>`.
+            add_eos: Whether every sequence ends with `</s>`; pairs are `<s> A </s> B </s>` with type ids 0 and 1.
+            chat_template: A Jinja template, or "default" for `<|user|>text</s><|assistant|>text</s>` with the roles
+                system, user and assistant.
+            model_max_length: Where `truncation=True` cuts.
+            padding_side: "right" or "left".
+
+        Raises:
+            ValueError: Unknown model, normalization or side; odd or repeated languages or special tokens;
+                `vocab_size` too small (the message says which works); empty corpus; an item that is not a string.
+            FileNotFoundError: A file does not exist.
+        """
+        if model not in MODELS:
+            raise ValueError(f"model={model!r} is unknown: use one of {', '.join(MODELS)}")
+        if isinstance(languages, str):
+            raise ValueError(f"languages={languages!r} is a string: pass a list, [{languages!r}]")
+        for language in languages:
+            if not (isinstance(language, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", language)):
+                raise ValueError(f"languages: {language!r} is no language code: use letters, digits, - and _")
+        if isinstance(special_tokens, str) or not all(isinstance(token, str) and token for token in special_tokens):
+            raise ValueError(f"special_tokens={special_tokens!r}: pass a list of non-empty strings")
+        roles = [f"<|{role}|>" for role in ROLES] if chat_template == "default" else []
+        extra = [*(f"<2{language}>" for language in languages), *special_tokens, *roles]
+        tokens = [*RESERVED, *extra]
+        repeated = sorted({token for token in tokens if tokens.count(token) > 1})
+        if repeated:
+            raise ValueError(f"languages or special_tokens: {repeated} occur more than once: name each token once")
+        least = smallest_vocab(model, len(tokens))
+        if not isinstance(vocab_size, int) or vocab_size < least:
+            raise ValueError(
+                f"vocab_size={vocab_size!r} is too small for model={model!r} with {len(tokens)} special tokens: "
+                f"use at least {least}"
+            )
+        if chat_template == "default":
+            chat_template = ("{{ bos_token }}" if add_bos else "") + CHAT_TEMPLATE
+        backend = train_backend(
+            Corpus(texts, files), model, vocab_size, tokens, normalizer(normalization, lowercase), min_frequency
+        )
+        backend.add_special_tokens([_added(token) for token in tokens])
+        return cls(
+            tokenizer_object=backend,
+            subword_model=model,
+            **{name: _added(token) for token, name in RESERVED.items()},
+            cls_token="<s>",
+            sep_token="</s>",
+            extra_special_tokens=extra,
+            add_bos_token=add_bos,
+            add_eos_token=add_eos,
+            padding_side=padding_side,
+            **({"chat_template": chat_template} if chat_template else {}),
+            **({"model_max_length": model_max_length} if model_max_length else {}),
+        )
+
+    def train_new_from_iterator(  # type: ignore[override]
+        self,
+        text_iterator: Texts,
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: Sequence[str | AddedToken] | None = None,
+        special_tokens_map: Mapping[str, str] | None = None,
+        min_frequency: int = 2,
+    ) -> "UrformTokenizer":
+        """Trains a tokenizer of the same kind, with this one's special tokens, template and settings, on new text.
+
+        Args:
+            text_iterator: Strings or batches of strings.
+            vocab_size: As in `train`; raised, with a warning, to the smallest that works.
+            length: Not needed.
+            new_special_tokens: Special tokens to add.
+            special_tokens_map: New names for special tokens, by old name.
+            min_frequency: How often a pair of pieces must occur to be merged.
+
+        Raises:
+            ValueError: The corpus is empty or holds something other than strings.
+        """
+        renamed = dict(special_tokens_map or {})
+        extra = [renamed.get(str(token), str(token)) for token in self.extra_special_tokens]
+        tokens = []
+        for _, token in sorted(self.added_tokens_decoder.items()):
+            if token.special:
+                tokens.append(_added(renamed.get(token.content, token.content), like=token))
+        for new in new_special_tokens or ():
+            tokens.append(new if isinstance(new, AddedToken) else _added(new))
+            extra.append(str(new))
+        names = [token.content for token in tokens]
+        model = self.init_kwargs["subword_model"]
+        least = smallest_vocab(model, len(names))
+        if vocab_size < least:
+            logger.warning(f"vocab_size={vocab_size} is too small for model={model!r}: taking the smallest, {least}")
+        backend = train_backend(
+            Corpus(text_iterator),
+            model,
+            max(vocab_size, least),
+            names,
+            self._tokenizer.normalizer,
+            min_frequency,
+            renamed.get(str(self.unk_token), str(self.unk_token)),
+        )
+        backend.add_special_tokens(tokens)
+        named = {key: renamed.get(str(token), str(token)) for key, token in self.special_tokens_map.items()}
+        settings = {
+            **self.init_kwargs,
+            **named,
+            "tokenizer_object": backend,
+            "extra_special_tokens": extra,
+            "add_bos_token": self.add_bos_token,
+            "add_eos_token": self.add_eos_token,
+            "chat_template": self.chat_template,
+        }
+        for stale in ("tokenizer_file", "added_tokens_decoder"):
+            settings.pop(stale, None)
+        return type(self)(**settings)
+
+    @property
+    def languages(self) -> list[str]:
+        """The codes of the languages that have a tag."""
+        return [token[2:-1] for token in map(str, self.extra_special_tokens) if re.fullmatch(r"<2[\w-]+>", token)]
+
+    @property
+    def tgt_lang(self) -> str | None:
+        """Target language: every source begins with its tag, after `<s>`; `text_target` does not (Johnson et al. 2017).
+
+        Kept when saved; None (the default) adds no tag.
+        """
+        language: str | None = self.init_kwargs.get("tgt_lang")
+        return language
+
+    @tgt_lang.setter
+    def tgt_lang(self, language: str | None) -> None:
+        if language is not None and language not in self.languages:
+            raise ValueError(f"tgt_lang={language!r} has no tag: this tokenizer was trained with {self.languages}")
+        self.init_kwargs["tgt_lang"] = language
+        self.update_post_processor()
+
+    @property
+    def add_bos_token(self) -> bool:
+        """Whether sequences begin with the bos token. Can be set."""
+        return self._adds("add_bos_token", self.bos_token_id)
+
+    @add_bos_token.setter
+    def add_bos_token(self, value: bool) -> None:
+        self.init_kwargs["add_bos_token"] = value
+        self.update_post_processor()
+
+    @property
+    def add_eos_token(self) -> bool:
+        """Whether sequences end with the eos token. Can be set."""
+        return self._adds("add_eos_token", self.eos_token_id)
+
+    @add_eos_token.setter
+    def add_eos_token(self, value: bool) -> None:
+        self.init_kwargs["add_eos_token"] = value
+        self.update_post_processor()
+
+    def _adds(self, name: str, token_id: Any) -> bool:
+        """What was asked for; after loading, where transformers forgets that, what tokenizer.json does."""
+        if token_id is None:
+            return False
+        if name in self.init_kwargs:
+            return bool(self.init_kwargs[name])
+        template = self._tokenizer.post_processor
+        return template is not None and token_id in template.process(Encoding()).ids
+
+    def update_post_processor(self) -> None:
+        """Rebuilds the template that adds bos, language tag and eos: `<s> <2de> A </s>`, `<s> <2de> A </s> B </s>`."""
+        add_bos, add_eos = self.add_bos_token, self.add_eos_token
+        tag = f"<2{self.tgt_lang}>" if self.tgt_lang and not self._target_mode else None
+        before = [token for token in (self.bos_token if add_bos else None, tag) if token]
+        after = [self.eos_token] if add_eos and self.eos_token else []
+        self._tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, "$B:1", *(f"{token}:1" for token in after)],
+            special_tokens=[(token, self.convert_tokens_to_ids(token)) for token in dict.fromkeys([*before, *after])],
+        )
+
+    def _switch_to_input_mode(self) -> None:
+        if self._target_mode:
+            self._target_mode = False
+            self.update_post_processor()
+
+    def _switch_to_target_mode(self) -> None:
+        if self.tgt_lang:
+            self._target_mode = True
+            self.update_post_processor()
+
+    def _encode_plus(  # type: ignore[override]
+        self, text: Any, text_pair: Any = None, is_split_into_words: bool = False, **kwargs: Any
+    ) -> BatchEncoding:
+        if not is_split_into_words:
+            return super()._encode_plus(text, text_pair, **kwargs)
+        usual = self._tokenizer.normalizer
+        self._tokenizer.normalizer = normalizers.Sequence(
+            [
+                normalizers.Prepend(" "),
+                normalizers.Replace(Regex(rf"\A (?!{SPACED_LETTER}(?m:.*){_SPACE_BEFORE}\z)"), ""),
+                normalizers.Replace(Regex(rf"{_SPACE_BEFORE}\z"), ""),
+                *([usual] if usual is not None else []),
+            ]
+        )
+        try:
+            return super()._encode_plus(_mark(text), _mark(text_pair), is_split_into_words=True, **kwargs)
+        finally:
+            self._tokenizer.normalizer = usual
+
+
+def _mark(words: Any) -> Any:
+    """Marks every word but the first of each sequence, in a sequence of words or any nesting of such sequences."""
+    if not isinstance(words, (list, tuple)) or not words:
+        return words
+    if isinstance(words[0], str):
+        return [words[0], *(word + _SPACE_BEFORE if isinstance(word, str) else word for word in words[1:])]
+    return type(words)(_mark(inner) for inner in words)
+
+
+def _added(token: str, like: AddedToken | None = None) -> AddedToken:
+    """A special token; a mask takes the spaces before it, a language tag those after it."""
+    return AddedToken(
+        token,
+        lstrip=like.lstrip if like else token == "<mask>",
+        rstrip=like.rstrip if like else token.startswith("<2"),
+        normalized=False,
+        special=True,
+    )
