@@ -204,8 +204,8 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in _WATCHED:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
                     spec.loader = _Loader(fullname, spec.loader)
@@ -220,4 +220,5 @@ def _watch_imports() -> None:
         _after_import(name)
 
 
-_watch_imports()
+if __name__ == "urform":  # and not in a second copy under another name (pytest imports the root's __init__.py as one)
+    _watch_imports()

@@ -162,6 +162,7 @@ def test_registration_survives_pickling_of_the_mappings():
     assert pickle.loads(pickle.dumps(CONFIG_MAPPING))["urform"] is urform.UrformConfig
 
 
+@pytest.mark.slow
 def test_spawned_process_needs_only_the_import():
     code = """
 import multiprocessing, urform
