@@ -1,0 +1,245 @@
+"""The `urform` command: every verb calls one library function. Exit codes: 0 done, 1 failed, 2 wrong use or input.
+
+Results go to stdout, everything else (progress, log, errors) to stderr. Nothing heavy is imported until a verb runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+except ModuleNotFoundError:  # pragma: no cover
+    sys.exit("urform: the command line needs typer: pip install 'urform[train]'")
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="urform",
+    help="One Transformer for Hugging Face: train it, score it, use it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Beams = Annotated[int, typer.Option("--num-beams", min=1, help="Beams of the search; 1 is greedy.")]
+LengthPenalty = Annotated[float, typer.Option("--length-penalty", help="Exponent of the length in a beam's score.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Lines per batch.")]
+MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Limit of one output.")]
+Prefix = Annotated[str, typer.Option("--prefix", help="Put before every line, e.g. '<2de> '.")]
+ModelDir = Annotated[Path, typer.Argument(help="Folder of a trained model (or of one checkpoint).")]
+
+
+@contextmanager
+def _clean_errors(debug: bool) -> Iterator[None]:
+    """One line on stderr instead of a traceback for everything a user can mend."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _fail("interrupted", 130)
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
+    except (ImportError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        _fail(f"{type(error).__name__}: {error}", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    lines = [line for line in message.splitlines() if line.strip()] or ["failed"]
+    typer.echo(f"urform: {' '.join(line.strip() for line in lines)}", err=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _progress(total: int | None, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit=" lines", disable=quiet, file=sys.stderr) as bar:
+        yield lambda count: bar.update(count) and None
+
+
+def _set_up_logging(quiet: bool) -> None:
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("urform").setLevel(logging.ERROR if quiet else logging.INFO)
+    from transformers.utils import logging as transformers_logging
+
+    if quiet:
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+
+
+@app.command()
+def demo(
+    sentences: Annotated[
+        list[str] | None, typer.Argument(help="Phrases to translate, e.g. '<2de> Friday, March 14, 2031'.")
+    ] = None,
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="Corpus and model go there.")] = Path("outputs/demo"),
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Change of the recipe `demo`, key=value; may be repeated.")
+    ] = None,
+    train_phrases: Annotated[int, typer.Option(min=10, help="Size of the training corpus.")] = 60_000,
+    test_phrases: Annotated[int, typer.Option(min=1, help="Number of held-out phrases.")] = 600,
+    debug: Debug = False,
+) -> None:
+    """Train a translator from nothing in a few minutes: dates, amounts and names, English to German and Chinese.
+
+    The corpus is generated from CLDR (the Unicode locale data). No date, time or number in the test occurs in training.
+    """
+    with _clean_errors(debug):
+        _set_up_logging(quiet=False)
+        from ..training.demo import demo as run_demo
+
+        run_demo(
+            sentences or (),
+            output_dir=output_dir,
+            overrides=overrides or (),
+            train_phrases=train_phrases,
+            test_phrases=test_phrases,
+            say=lambda line: typer.echo(line),
+        )
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Path of a YAML recipe, or the name of one (see --list).")] = "",
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes: key=value, e.g. max_steps=100.")] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Where everything goes.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")] = False,
+    list_names: Annotated[bool, typer.Option("--list", help="List the recipes that come with urform.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model by a recipe.
+
+    Ctrl-C saves a checkpoint and stops (exit code 130); the same command with --resume goes on from there. On many
+    processes: accelerate launch --num_processes N -m urform.cli.main train RECIPE ...
+    """
+    with _clean_errors(debug):
+        _set_up_logging(quiet)
+        from ..training.recipe import list_recipes
+
+        if list_names:
+            typer.echo("\n".join(list_recipes()))
+            return
+        if not recipe:
+            raise ValueError(f"name a recipe: a YAML file or one of {', '.join(list_recipes())}")
+        from ..training.run import train as run_train
+        from ..training.trainer import TrainingInterruptedError
+
+        changes = [*(overrides or ()), *(["training.disable_tqdm=true"] if quiet else [])]
+        try:
+            result = run_train(recipe, changes, resume=resume, output_dir=output_dir)
+        except TrainingInterruptedError as interrupted:
+            if debug:
+                raise
+            _fail(f"{interrupted}; the same command with --resume goes on", 128 + interrupted.signal_number)
+        typer.echo(json.dumps({"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics},
+                              ensure_ascii=False, indent=1))  # fmt: skip
+
+
+@app.command()
+def evaluate(
+    model_dir: ModelDir,
+    source: Annotated[Path, typer.Argument(help="Source text, or one .tsv/.jsonl file with both sides.")],
+    target: Annotated[Path | None, typer.Argument(help="References, line by line.")] = None,
+    source_field: Annotated[str, typer.Option(help="Column or field of the source.")] = "0",
+    target_field: Annotated[str, typer.Option(help="Column or field of the reference.")] = "1",
+    language: Annotated[str, typer.Option("--language", "-l", help="Target language, for the metrics.")] = "en",
+    output: Annotated[Path | None, typer.Option("--output", help="Write the translations to this file.")] = None,
+    prefix: Prefix = "",
+    num_beams: Beams = 5,
+    length_penalty: LengthPenalty = 1.0,
+    batch_size: BatchSize = 64,
+    max_new_tokens: MaxNewTokens = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Score a model on a parallel test set: sacreBLEU, tokenized lower-cased BLEU, chrF, exact match, as JSON."""
+    with _clean_errors(debug):
+        _set_up_logging(quiet)
+        from ..training.data_files import read_parallel, read_records
+        from ..training.run import evaluate as run_evaluate
+
+        pairs: list[Any]
+        if target is None:
+            pairs = list(read_records(source, [source_field, target_field]))
+        else:
+            pairs = list(read_parallel(source, target))
+        with _progress(len(pairs), "translating", quiet) as progress:
+            result = run_evaluate(
+                model_dir,
+                pairs,
+                language=language,
+                prefix=prefix,
+                num_beams=num_beams,
+                length_penalty=length_penalty,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                progress=progress,
+            )
+        if output is not None:
+            output.write_text("".join(f"{line}\n" for line in result.hypotheses), encoding="utf-8")
+        typer.echo(json.dumps(result.scores.to_dict(), ensure_ascii=False, indent=1))
+
+
+@app.command()
+def predict(
+    model_dir: ModelDir,
+    file: Annotated[Path | None, typer.Argument(help="Text, one input per line (.gz and .xz too); default stdin.")] = None,
+    prefix: Prefix = "",
+    num_beams: Beams = 5,
+    length_penalty: LengthPenalty = 1.0,
+    batch_size: BatchSize = 64,
+    max_new_tokens: MaxNewTokens = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Translate stdin or a file to stdout: one line out per line in, in order; an empty line stays empty."""
+    with _clean_errors(debug):
+        _set_up_logging(quiet)
+        from ..training.data_files import open_lines
+        from ..training.run import predict as run_predict
+
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"no such file: {file}")
+        for stream in (sys.stdin, sys.stdout):
+            reconfigure = getattr(stream, "reconfigure", None)
+            if reconfigure:
+                reconfigure(encoding="utf-8", newline="\n" if stream is sys.stdin else None)
+        lines = open_lines(file) if file is not None else (line.rstrip("\n").removesuffix("\r") for line in sys.stdin)
+        with _progress(None, "translating", quiet) as progress:
+            for line in run_predict(
+                model_dir,
+                lines,
+                prefix=prefix,
+                num_beams=num_beams,
+                length_penalty=length_penalty,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                progress=progress,
+            ):
+                sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
+
+def main() -> None:
+    """Entry point of the `urform` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

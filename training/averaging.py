@@ -1,0 +1,127 @@
+"""The average of the last checkpoints of a run (Vaswani et al. 2017, section 6.1), one tensor in memory at a time.
+
+Averaging the weights of checkpoints that a decaying learning rate left close to each other is nearly as good as an
+ensemble of them and costs nothing at inference; see also Izmailov et al. 2018 (arXiv:1803.05407).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .trainer import complete_checkpoints
+
+__all__ = ["average_checkpoints", "last_checkpoints"]
+
+# Files of a checkpoint that belong to the model; optimizer, scheduler and random states do not outlive an average.
+_MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
+_NOT_MODEL = {"trainer_state.json", "checkpoint_manifest.json", SAFE_WEIGHTS_INDEX_NAME}
+
+
+def last_checkpoints(output_dir: str | Path, count: int) -> list[Path]:
+    """The newest complete checkpoints of a run, oldest first.
+
+    Raises:
+        ValueError: If there are fewer than `count`.
+    """
+    found = complete_checkpoints(output_dir)
+    if len(found) < count:
+        raise ValueError(
+            f"{output_dir} has {len(found)} complete checkpoints and {count} are to be averaged: "
+            f"lower average_last, or keep more (save_steps, save_total_limit)"
+        )
+    return found[len(found) - count :]
+
+
+def _weight_files(checkpoint: Path) -> dict[str, Path]:
+    """Which file holds which tensor."""
+    index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: checkpoint / file for name, file in weight_map.items()}
+    single = checkpoint / SAFE_WEIGHTS_NAME
+    if not single.is_file():
+        raise FileNotFoundError(f"{checkpoint} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _mean(name: str, files: Sequence[Path]) -> Tensor:
+    total: Tensor | None = None
+    first: Tensor | None = None
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            tensor = file.get_tensor(name)
+        if first is None:
+            first = tensor
+            total = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            continue
+        if tensor.shape != first.shape or tensor.dtype != first.dtype:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype} in {path} and {tuple(first.shape)} {first.dtype} "
+                f"in {files[0]}: these are not checkpoints of one run"
+            )
+        if not first.is_floating_point():
+            if not torch.equal(first, tensor):
+                raise ValueError(f"{name} holds {first.dtype} values that differ between {files[0]} and {path}")
+        else:
+            total = total + tensor.to(total.dtype) if total is not None else None
+    if first is None or total is None:
+        raise ValueError(f"no checkpoint holds {name}")
+    return (total / len(files)).to(first.dtype) if first.is_floating_point() else first
+
+
+def average_checkpoints(checkpoints: Sequence[str | Path], output_dir: str | Path) -> Path:
+    """Writes a model directory whose weights are the mean of those of the checkpoints.
+
+    Sums are kept in float32 (float64 for float64 weights). Tied weights are stored once in every checkpoint and so in
+    the average. Sharded checkpoints give a sharded average. Configuration and tokenizer come from the last checkpoint.
+
+    Args:
+        checkpoints: Directories with safetensors weights, of one run.
+        output_dir: Written whole or not at all; an existing directory is replaced.
+
+    Raises:
+        ValueError: If the checkpoints do not hold the same tensors, or none is given.
+        FileNotFoundError: If one has no weights.
+    """
+    if not checkpoints:
+        raise ValueError("no checkpoints to average")
+    paths = [Path(checkpoint) for checkpoint in checkpoints]
+    maps = [_weight_files(path) for path in paths]
+    for path, names in zip(paths, maps, strict=True):
+        if difference := names.keys() ^ maps[-1].keys():
+            raise ValueError(f"{path} and {paths[-1]} hold different tensors: {', '.join(sorted(difference)[:5])}")
+
+    output = Path(output_dir)
+    staging = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
+    staging.mkdir(parents=True)
+    try:
+        for pattern in _MODEL_FILES:
+            for file in paths[-1].glob(pattern):
+                if file.name not in _NOT_MODEL:
+                    shutil.copy2(file, staging / file.name)
+        for shard in sorted(set(maps[-1].values())):
+            with safe_open(shard, framework="pt") as file:
+                metadata = file.metadata()
+            mine = [name for name, path in maps[-1].items() if path == shard]
+            averaged = {name: _mean(name, [names[name] for names in maps]) for name in mine}
+            save_file(averaged, staging / shard.name, metadata=metadata)
+        index = paths[-1] / SAFE_WEIGHTS_INDEX_NAME
+        if index.is_file():
+            shutil.copy2(index, staging / index.name)
+        if output.is_dir():
+            shutil.rmtree(output)
+        staging.rename(output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return output

@@ -1,0 +1,144 @@
+"""From text to lists of ids in memory, with what is too long counted instead of cut in silence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+__all__ = ["EncodedDataset", "OverLength", "encode_pairs", "finished", "token_ids"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class OverLength:
+    """What was done with examples longer than the limits.
+
+    Attributes:
+        policy: `"drop"` leaves the example out, `"truncate"` cuts it, `"error"` raises.
+        examples: Number of examples seen.
+        too_long: Number of examples over a limit.
+    """
+
+    policy: str = "drop"
+    examples: int = 0
+    too_long: int = 0
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("drop", "truncate", "error"):
+            raise ValueError(f"over_length must be 'drop', 'truncate' or 'error', got {self.policy!r}")
+
+
+@dataclass
+class EncodedDataset(Dataset):
+    """A map-style dataset of dicts of ids, held in memory.
+
+    Attributes:
+        features: One dict per example, e.g. `{"input_ids": [...], "labels": [...]}`.
+        over_length: What happened to examples that were too long.
+        two_sided: Whether the labels are a sequence of their own (encoder-decoder) or lie along the input.
+    """
+
+    features: list[dict[str, Any]]
+    over_length: OverLength = field(default_factory=OverLength)
+    two_sided: bool = False
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.features[index]
+
+    @property
+    def lengths(self) -> list[tuple[int, ...]]:
+        """What a batch pays for each example: its source, and its target where that is a sequence of its own."""
+        if self.two_sided:
+            return [(len(f["input_ids"]), len(f["labels"])) for f in self.features]
+        return [(len(f["input_ids"]),) for f in self.features]
+
+
+def _chunks(items: Iterable[tuple[str, ...]], size: int = 2000) -> Iterator[list[tuple[str, ...]]]:
+    chunk: list[tuple[str, ...]] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None, target: bool
+) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of the texts, those over the limit cut to it, and which ones these are."""
+    key = "text_target" if target else "text"
+    encoded: list[list[int]] = tokenizer(**{key: list(texts)}, add_special_tokens=True, verbose=False)["input_ids"]
+    too_long = [limit is not None and len(ids) > limit for ids in encoded]
+    for index, long in enumerate(too_long):
+        if long:
+            # Cut by the tokenizer, which keeps the special tokens at the ends.
+            cut = tokenizer(**{key: texts[index]}, truncation=True, max_length=limit)
+            encoded[index] = cut["input_ids"]
+    return encoded, too_long
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    max_source_length: int | None = None,
+    max_target_length: int | None = None,
+    over_length: str = "drop",
+    source_prefix: str = "",
+) -> EncodedDataset:
+    """Encodes (source, target) pairs for an encoder-decoder: `input_ids` and `labels`.
+
+    Args:
+        tokenizer: Encodes the source as `text` and the target as `text_target`.
+        pairs: The pairs, read once.
+        max_source_length: Limit in tokens, special tokens included; None for none.
+        max_target_length: The same for the target.
+        over_length: `"drop"`, `"truncate"` or `"error"`.
+        source_prefix: Put before each source, e.g. a language tag and a space.
+
+    Raises:
+        ValueError: If nothing is left, or if an example is too long and the policy is `"error"`.
+    """
+    report = OverLength(over_length)
+    features: list[dict[str, Any]] = []
+    for chunk in _chunks(pairs):
+        sources, long_sources = token_ids(tokenizer, [source_prefix + pair[0] for pair in chunk], max_source_length, False)
+        targets, long_targets = token_ids(tokenizer, [pair[1] for pair in chunk], max_target_length, True)
+        for source, target, long in zip(
+            sources, targets, (a or b for a, b in zip(long_sources, long_targets, strict=True)), strict=True
+        ):
+            report.examples += 1
+            report.too_long += long
+            if long and over_length == "error":
+                raise ValueError(
+                    f"example {report.examples} is longer than max_source_length={max_source_length} / "
+                    f"max_target_length={max_target_length}; raise them or set over_length to 'drop' or 'truncate'"
+                )
+            if not (long and over_length == "drop"):
+                features.append({"input_ids": source, "labels": target})
+    return finished(features, report, two_sided=True)
+
+
+def finished(features: list[dict[str, Any]], report: OverLength, two_sided: bool = False) -> EncodedDataset:
+    """The dataset, with its report in the log.
+
+    Raises:
+        ValueError: If nothing is left.
+    """
+    if report.too_long:
+        done = "dropped" if report.policy == "drop" else "truncated"
+        logger.warning("%d of %d examples were too long and were %s", report.too_long, report.examples, done)
+    if not features:
+        raise ValueError(f"no example is left of {report.examples} ({report.too_long} of them too long)")
+    return EncodedDataset(features, report, two_sided)

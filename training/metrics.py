@@ -1,0 +1,120 @@
+"""What a translation is worth: sacreBLEU on raw text, BLEU on tokenized lower-cased text, chrF, exact match.
+
+Published results on Multi30k are nearly always BLEU on text that was lower-cased, had its punctuation normalised and was
+tokenized by the Moses scripts (`*.lc.norm.tok.*`), not sacreBLEU on raw text. `tokenized_lowercased_bleu` computes that
+number: with sacremoses (a port of those scripts) where it is installed, else with sacreBLEU's own "13a" tokenizer,
+which splits the same punctuation but knows no German abbreviations; the result says which of them was used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["TranslationScores", "score_translations", "tokenized_lowercased_bleu"]
+
+
+@dataclass(frozen=True)
+class TranslationScores:
+    """Scores of a list of hypotheses, in percent.
+
+    Attributes:
+        bleu: sacreBLEU, cased, on the raw text.
+        bleu_signature: sacreBLEU's signature of it.
+        bleu_tok_lc: BLEU on tokenized, lower-cased text.
+        bleu_tok_lc_tokenizer: Which tokenizer that was.
+        chrf: chrF2.
+        chrf_signature: sacreBLEU's signature of it.
+        exact_match: Hypotheses equal to their reference.
+        examples: Number of hypotheses.
+    """
+
+    bleu: float
+    bleu_signature: str
+    bleu_tok_lc: float
+    bleu_tok_lc_tokenizer: str
+    chrf: float
+    chrf_signature: str
+    exact_match: float
+    examples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def _moses(language: str) -> tuple[Callable[[str], str], str]:
+    from sacremoses import MosesPunctNormalizer, MosesTokenizer, __version__
+
+    normalizer, tokenizer = MosesPunctNormalizer(lang=language), MosesTokenizer(lang=language)
+    return (
+        lambda text: str(tokenizer.tokenize(normalizer.normalize(text.lower()), return_str=True, escape=False)),
+        f"moses-{language} (sacremoses {__version__})",
+    )
+
+
+def _thirteen_a() -> tuple[Callable[[str], str], str]:
+    import sacrebleu
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    tokenizer = Tokenizer13a()
+    return lambda text: tokenizer(text.lower()), f"13a (sacrebleu {sacrebleu.__version__})"
+
+
+def tokenized_lowercased_bleu(
+    hypotheses: Sequence[str], references: Sequence[str], language: str = "en"
+) -> tuple[float, str]:
+    """BLEU on lower-cased, tokenized text, and the tokenizer's name.
+
+    Args:
+        hypotheses: Detokenized system output.
+        references: Raw references.
+        language: Language of the text, for the Moses tokenizer's abbreviations.
+    """
+    from sacrebleu.metrics import BLEU
+
+    tokenize, name = _moses(language) if importlib.util.find_spec("sacremoses") else _thirteen_a()
+    metric = BLEU(tokenize="none", force=True)
+    score = metric.corpus_score([tokenize(h) for h in hypotheses], [[tokenize(r) for r in references]]).score
+    return score, name
+
+
+def score_translations(
+    hypotheses: Sequence[str], references: Sequence[str], language: str = "en", bleu_tokenizer: str | None = None
+) -> TranslationScores:
+    """All the scores at once.
+
+    Args:
+        hypotheses: System output, one per reference.
+        references: One reference each.
+        language: Target language, as a code like "de".
+        bleu_tokenizer: sacreBLEU's tokenizer for `bleu`; None takes sacreBLEU's default for the language ("13a", "zh",
+            "char" for Japanese and Korean, which need no extra package).
+
+    Raises:
+        ValueError: If the numbers differ, or if there is nothing to score.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    if len(hypotheses) != len(references):
+        raise ValueError(f"{len(hypotheses)} hypotheses and {len(references)} references")
+    if not references:
+        raise ValueError("nothing to score")
+    if bleu_tokenizer is None:
+        bleu_tokenizer = {"zh": "zh", "ja": "char", "ko": "char"}.get(language.split("-")[0].split("_")[0], "13a")
+    bleu, chrf = BLEU(tokenize=bleu_tokenizer), CHRF()
+    bleu_score = bleu.corpus_score(list(hypotheses), [list(references)]).score
+    chrf_score = chrf.corpus_score(list(hypotheses), [list(references)]).score
+    lowercased, tokenizer_name = tokenized_lowercased_bleu(hypotheses, references, language)
+    return TranslationScores(
+        bleu=bleu_score,
+        bleu_signature=str(bleu.get_signature()),
+        bleu_tok_lc=lowercased,
+        bleu_tok_lc_tokenizer=tokenizer_name,
+        chrf=chrf_score,
+        chrf_signature=str(chrf.get_signature()),
+        exact_match=100 * sum(h == r for h, r in zip(hypotheses, references, strict=True)) / len(references),
+        examples=len(references),
+    )

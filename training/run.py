@@ -1,0 +1,466 @@
+"""One function per verb of the command line: `train`, `evaluate`, `predict`. (`demo` is in `demo.py`.)"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .averaging import average_checkpoints, last_checkpoints
+from .batching import padding_share
+from .encoding import EncodedDataset
+from .metrics import TranslationScores, score_translations
+from .recipe import Recipe, load_recipe
+from .tasks import ARCHITECTURES, Labels, accuracy, auto_class, build_dataset, data_collator, has_split, read_split
+from .trainer import InterruptCallback, TrainingInterruptedError, UrformTrainer, last_complete_checkpoint
+
+__all__ = ["Evaluation", "TrainResult", "build_model", "evaluate", "predict", "train", "train_tokenizer", "translate"]
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FOLDER = "tokenizer"
+AVERAGE_FOLDER = "average"
+RESULTS_FILE = "results.json"
+RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves behind.
+
+    Attributes:
+        output_dir: Holds the finished model and tokenizer; `AutoModel….from_pretrained(output_dir)` loads them.
+        steps: Optimizer steps done in all.
+        metrics: Trainer's metrics, padding and over-length counts, and the test scores if the recipe names a test set.
+        log_history: Every logged loss.
+    """
+
+    output_dir: Path
+    steps: int
+    metrics: dict[str, Any]
+    log_history: list[dict[str, float]] = field(repr=False)
+
+
+@dataclass
+class Evaluation:
+    """Scores and the hypotheses they belong to."""
+
+    scores: TranslationScores
+    hypotheses: list[str] = field(repr=False)
+
+
+# --- building blocks -------------------------------------------------------------------------------------------------
+def train_tokenizer(recipe: Recipe, examples: Sequence[tuple[Any, ...]]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe: loaded, or trained on every text of the training examples."""
+    arguments = recipe.tokenizer
+    if arguments.from_pretrained:
+        return AutoTokenizer.from_pretrained(arguments.from_pretrained)
+    from ..tokenization.tokenization_urform import UrformTokenizer
+
+    def texts() -> Iterator[str]:
+        sides = 2 if recipe.data.task == "seq2seq" else 1
+        for example in examples:
+            for value in example[:sides]:
+                yield " ".join(value) if isinstance(value, list) else value
+
+    # A target that begins with <s> would only teach the model to copy its own start symbol.
+    options = {"add_bos": False} if recipe.data.task == "seq2seq" else {}
+    return UrformTokenizer.train(
+        texts(),
+        vocab_size=arguments.vocab_size,
+        model=arguments.model,
+        languages=arguments.languages,
+        **{**options, **arguments.options},
+    )
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Labels) -> PreTrainedModel:
+    """The model of a recipe, with the task's head and the tokenizer's vocabulary and special tokens.
+
+    Raises:
+        ValueError: If the config refuses a field, or the tokenizer lacks a token that the task needs.
+    """
+    arguments, task = recipe.model, recipe.data.task
+    head = auto_class(task)
+    fields: dict[str, Any] = dict(arguments.config)
+    if labels.names:
+        fields["id2label"] = dict(enumerate(labels.names))
+        fields["label2id"] = {name: index for index, name in enumerate(labels.names)}
+    implementation = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    if arguments.from_pretrained:
+        model = head.from_pretrained(arguments.from_pretrained, **fields, **implementation)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens and {arguments.from_pretrained} embeds "
+                f"{model.get_input_embeddings().num_embeddings}: take that model's tokenizer (tokenizer.from_pretrained)"
+            )
+        return model
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise ValueError("training needs a tokenizer with a padding and an end token")
+    fields.setdefault("vocab_size", len(tokenizer))
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        fields.setdefault(name, getattr(tokenizer, name))
+    if arguments.preset is not None:
+        if arguments.model_type != "urform":
+            raise ValueError(f"model.preset is for model_type urform, not {arguments.model_type}")
+        from ..configuration.configuration_urform import UrformConfig
+
+        config = UrformConfig.from_preset(arguments.preset, **fields)
+    else:
+        if arguments.model_type == "urform":
+            fields.setdefault("architecture", ARCHITECTURES.get(task, "encoder"))
+        config = AutoConfig.for_model(arguments.model_type, **fields)
+    if config.is_encoder_decoder and config.decoder_start_token_id is None:
+        config.decoder_start_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.pad_token_id
+    return head.from_config(config, **implementation)
+
+
+def _prepare_tokenizer(recipe: Recipe, examples: list[tuple[Any, ...]]) -> PreTrainedTokenizerBase:
+    """Trains once, on the main process, and keeps the tokenizer with the run; everybody loads it from there."""
+    folder = Path(recipe.training.output_dir, TOKENIZER_FOLDER)
+    with PartialState().main_process_first():
+        if not folder.is_dir():
+            staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+            train_tokenizer(recipe, examples).save_pretrained(staging)
+            staging.rename(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _resume_point(output_dir: Path, resume: bool) -> Path | None:
+    if not resume:
+        if any(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+            raise ValueError(
+                f"{output_dir} holds checkpoints of an earlier run: go on with --resume, or choose another --output-dir"
+            )
+        return None
+    checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is None:
+        logger.warning("nothing to resume in %s: starting from the beginning", output_dir)
+    return checkpoint
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> list[str]:
+    return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), skip_special_tokens=True)
+
+
+def _compute_metrics(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], dict[str, float]] | None:
+    if recipe.data.task in ("text-classification", "token-classification"):
+        return accuracy
+    if recipe.data.task == "seq2seq" and recipe.training.predict_with_generate:
+
+        def generation_metrics(prediction: Any) -> dict[str, float]:
+            scores = score_translations(
+                _decoded(tokenizer, prediction.predictions),
+                _decoded(tokenizer, prediction.label_ids),
+                recipe.data.target_language,
+            )
+            return {"bleu": scores.bleu, "chrf": scores.chrf, "exact_match": scores.exact_match}
+
+        return generation_metrics
+    return None
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+def train(
+    recipe: str | Path | Recipe,
+    overrides: Iterable[str] = (),
+    *,
+    resume: bool = False,
+    output_dir: str | Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainResult:
+    """Trains a model by a recipe, saves it, and scores it on the test set if there is one.
+
+    Args:
+        recipe: Name or path of a recipe, or one already loaded.
+        overrides: `key=value` texts, see `load_recipe`.
+        resume: Go on from the newest complete checkpoint in the output directory.
+        output_dir: Where everything goes.
+        callbacks: Further Trainer callbacks.
+
+    Raises:
+        TrainingInterruptedError: After Ctrl-C or SIGTERM, with a checkpoint saved.
+        CheckpointError: If a checkpoint cannot be written.
+        ValueError: If the recipe or the data are not valid.
+        FileNotFoundError: If a file is missing.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides, output_dir=output_dir)
+    data, training = loaded.data, loaded.training
+    folder = Path(training.output_dir or "outputs")
+    checkpoint = _resume_point(folder, resume)
+    set_seed(training.seed)
+
+    examples = list(read_split(data, "train"))[: data.max_train_examples]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _prepare_tokenizer(loaded, examples)
+    labels = Labels()
+    train_set = build_dataset(data, "train", tokenizer, labels, examples)
+    labels.frozen = True
+    if data.task in ("text-classification", "token-classification"):
+        labels.names = labels.names or ["0"]
+    eval_set: EncodedDataset | None = None
+    if training.eval_strategy != "no":
+        if not has_split(data, "validation"):
+            raise ValueError("training.eval_strategy needs validation data: set data.validation_source and _target")
+        eval_set = build_dataset(data, "validation", tokenizer, labels, list(read_split(data, "validation")))
+        # Like lengths together: evaluation goes in this order.
+        eval_set.features.sort(key=lambda feature: len(feature["input_ids"]))
+    test = list(read_split(data, "test")) if has_split(data, "test") and data.task == "seq2seq" else []
+
+    # Data are read before the seed is used, so reading changes nothing about the initial weights.
+    set_seed(training.seed)
+    model = build_model(loaded, tokenizer, labels)
+    interrupt = InterruptCallback()
+    trainer = UrformTrainer(
+        model=model,
+        args=training,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        data_collator=data_collator(data.task, tokenizer, model),
+        compute_metrics=_compute_metrics(loaded, tokenizer),
+        callbacks=[*callbacks, interrupt],
+        tokens_per_batch=data.tokens_per_batch,
+        pool_batches=data.pool_batches,
+    )
+    if training.should_save:
+        loaded.save(folder / RECIPE_FILE)
+    with interrupt.installed():
+        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if interrupt.signal_number:
+        step = trainer.state.global_step
+        raise TrainingInterruptedError(
+            interrupt.signal_number, step, folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        )  # fmt: skip
+
+    metrics: dict[str, Any] = dict(output.metrics)
+    metrics["num_parameters"] = model.num_parameters()
+    metrics["examples"] = train_set.over_length.examples
+    metrics["examples_too_long"] = train_set.over_length.too_long
+    if sampler := _sampler(trainer):
+        metrics["padding_share"] = round(padding_share(sampler), 4)
+    if training.should_save:
+        _save_final(loaded, trainer, folder)
+        if test:
+            metrics["test"] = _test(loaded, folder, test, training.device)
+        (folder / RESULTS_FILE).write_text(json.dumps(metrics, indent=1, ensure_ascii=False), encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
+    return TrainResult(folder, trainer.state.global_step, metrics, trainer.state.log_history)
+
+
+def _sampler(trainer: UrformTrainer) -> Any:
+    from .batching import GlobalBatchSampler
+
+    sampler: Any = getattr(trainer.callback_handler.train_dataloader, "batch_sampler", None)
+    while sampler is not None and not isinstance(sampler, GlobalBatchSampler):
+        sampler = getattr(sampler, "batch_sampler", None)
+    return sampler
+
+
+def _save_final(recipe: Recipe, trainer: UrformTrainer, folder: Path) -> None:
+    """Puts the finished model (averaged if the recipe says so) into the output directory, file by file."""
+    staging = folder / f".{AVERAGE_FOLDER}.{uuid.uuid4().hex[:8]}"
+    try:
+        if recipe.run.average_last:
+            average_checkpoints(last_checkpoints(folder, recipe.run.average_last), staging)
+        else:
+            trainer.save_model(str(staging))
+        for file in staging.iterdir():
+            os.replace(file, folder / file.name)
+    finally:
+        with contextlib.suppress(OSError):
+            for file in staging.iterdir():
+                file.unlink()
+            staging.rmdir()
+
+
+def _test(recipe: Recipe, folder: Path, pairs: list[tuple[str, str]], device: torch.device) -> dict[str, Any]:
+    # From disk, not from memory: what is scored is what was saved.
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    hypotheses = translate(
+        model,
+        tokenizer,
+        [recipe.data.source_prefix + source for source, _ in pairs],
+        num_beams=recipe.run.num_beams,
+        length_penalty=recipe.run.length_penalty,
+        batch_size=recipe.run.test_batch_size,
+    )
+    (folder / "test_predictions.txt").write_text("\n".join(hypotheses) + "\n", encoding="utf-8")
+    return score_translations(hypotheses, [target for _, target in pairs], recipe.data.target_language).to_dict()
+
+
+# --- predict and evaluate --------------------------------------------------------------------------------------------
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines()).strip()
+
+
+def translate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    num_beams: int = 5,
+    length_penalty: float = 1.0,
+    batch_size: int = 64,
+    max_new_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Generates one line per text, in the order of the texts; an empty text gives an empty line.
+
+    Args:
+        model: Any encoder-decoder.
+        tokenizer: Its tokenizer.
+        texts: Sources; a language tag goes in front.
+        num_beams: 1 is greedy.
+        length_penalty: As in transformers: the exponent of the length that divides a beam's score.
+        batch_size: Sources per batch; like lengths are put together.
+        max_new_tokens: Limit of a translation; None allows twice the source's tokens plus 20.
+        progress: Called with the number of texts finished, batch by batch.
+    """
+    results = [""] * len(texts)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    encoded = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+    order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(encoded[i]))
+    if limit is not None and order and len(encoded[order[0]]) > limit:
+        number = order[0]
+        raise ValueError(
+            f"line {number + 1} has {len(encoded[number])} tokens and the model takes at most {limit}: split the line"
+        )
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = tokenizer.pad(
+            {"input_ids": [encoded[i] for i in chosen]}, padding_side="right", return_tensors="pt"
+        ).to(model.device)  # fmt: skip
+        room = max_new_tokens or 2 * batch["input_ids"].shape[1] + 20
+        with torch.inference_mode():
+            generated = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                num_beams=num_beams,
+                do_sample=False,
+                length_penalty=length_penalty,
+                early_stopping=num_beams > 1,
+                max_new_tokens=min(room, limit - 1) if limit else room,
+            )
+        for i, text in zip(chosen, tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
+            results[i] = _one_line(text)
+        if progress:
+            progress(len(chosen))
+    return results
+
+
+def _load(model_dir: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not Path(model_dir).is_dir():
+        raise FileNotFoundError(f"no such model folder: {model_dir}")
+    if not Path(model_dir, "config.json").is_file():
+        raise ValueError(f"{model_dir} holds no finished model (no config.json); name a checkpoint in it, or --resume")
+    model = AutoModelForSeq2SeqLM.from_pretrained(model_dir)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device), AutoTokenizer.from_pretrained(model_dir)
+
+
+def predict(
+    model_dir: str | Path,
+    lines: Iterable[str],
+    *,
+    prefix: str = "",
+    num_beams: int = 5,
+    length_penalty: float = 1.0,
+    batch_size: int = 64,
+    max_new_tokens: int | None = None,
+    window: int = 1024,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[str]:
+    """Translates a stream: one line out per line in, in order, `window` lines in memory at a time.
+
+    Args:
+        model_dir: A folder that `train` wrote, or any encoder-decoder with its tokenizer.
+        lines: Sources without line ends.
+        prefix: Put before every line, e.g. `"<2de> "`.
+        num_beams: 1 is greedy.
+        length_penalty: See `translate`.
+        batch_size: See `translate`.
+        max_new_tokens: See `translate`.
+        window: Lines read before the first is translated; sorted by length inside.
+        progress: Called with the number of lines finished.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds no finished model, or if a line is too long for it.
+    """
+    model, tokenizer = _load(model_dir)
+    block: list[str] = []
+
+    def flush() -> list[str]:
+        return translate(
+            model, tokenizer, [prefix + line if line.strip() else "" for line in block], num_beams=num_beams,
+            length_penalty=length_penalty, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress,
+        )  # fmt: skip
+
+    for line in lines:
+        block.append(line)
+        if len(block) == window:
+            yield from flush()
+            block.clear()
+    yield from flush()
+
+
+def evaluate(
+    model_dir: str | Path,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    language: str = "en",
+    prefix: str = "",
+    num_beams: int = 5,
+    length_penalty: float = 1.0,
+    batch_size: int = 64,
+    max_new_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Translates the sources and scores the result against the references.
+
+    Args:
+        model_dir: See `predict`.
+        pairs: (source, reference) pairs.
+        language: Target language, chooses the metrics' tokenizers.
+        prefix: Put before every source.
+        num_beams: See `translate`.
+        length_penalty: See `translate`.
+        batch_size: See `translate`.
+        max_new_tokens: See `translate`.
+        progress: Called with the number of sources finished.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds no finished model, or if there is nothing to score.
+    """
+    hypotheses = list(
+        predict(
+            model_dir, [source for source, _ in pairs], prefix=prefix, num_beams=num_beams,
+            length_penalty=length_penalty, batch_size=batch_size, max_new_tokens=max_new_tokens,
+            window=max(1, len(pairs)), progress=progress,
+        )
+    )  # fmt: skip
+    return Evaluation(score_translations(hypotheses, [target for _, target in pairs], language), hypotheses)

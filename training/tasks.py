@@ -1,0 +1,227 @@
+"""The tasks a recipe can name: how each reads its data, encodes it, collates it, and which head it trains.
+
+Heads come from the Auto classes, so every task trains any model of transformers that has the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import transformers
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .data_files import open_lines, read_dataset, read_parallel, read_records
+from .encoding import EncodedDataset, OverLength, encode_pairs, finished, token_ids
+from .recipe import DataArguments
+
+__all__ = ["AUTO_CLASSES", "Labels", "build_dataset", "data_collator", "has_split", "read_split"]
+
+Split = Literal["train", "validation", "test"]
+
+AUTO_CLASSES = {
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+}
+ARCHITECTURES = {"seq2seq": "encoder-decoder", "causal-lm": "decoder"}
+
+
+@dataclass
+class Labels:
+    """Names of classes, in the order of their ids; grows while the training data is read."""
+
+    names: list[str] = field(default_factory=list)
+    frozen: bool = False
+
+    def id(self, name: str) -> int:
+        """The id of a class.
+
+        Raises:
+            ValueError: For a class that training did not have.
+        """
+        if name not in self.names:
+            if self.frozen:
+                raise ValueError(f"label {name!r} does not occur in the training data, which has: {self.names}")
+            self.names.append(name)
+        return self.names.index(name)
+
+
+def auto_class(task: str) -> Any:
+    """The Auto class of a task's head."""
+    return getattr(transformers, AUTO_CLASSES[task])
+
+
+def _path(data: DataArguments, name: str) -> Path:
+    return Path(data.data_dir or ".", name).expanduser()
+
+
+def has_split(data: DataArguments, split: Split) -> bool:
+    """Whether the recipe names data for a split."""
+    if getattr(data, f"{split}_source") or getattr(data, f"{split}_file"):
+        return True
+    return data.dataset_name is not None and getattr(data, f"{split}_split") is not None
+
+
+def read_split(data: DataArguments, split: Split) -> Iterator[tuple[Any, ...]]:
+    """The examples of a split: (source, target), (text,), (text, label) or (words, tags).
+
+    Raises:
+        FileNotFoundError: If a file is missing; it is named.
+        ValueError: If the recipe names no data for the split, or half a pair, or if a file is malformed.
+    """
+    source, target = getattr(data, f"{split}_source"), getattr(data, f"{split}_target")
+    file = getattr(data, f"{split}_file")
+    one_field = data.task in ("causal-lm", "masked-lm")
+    fields = [data.source_field] if one_field else [data.source_field, data.target_field]
+    if source or target:
+        if not (source and target):
+            missing = f"{split}_target" if source else f"{split}_source"
+            raise ValueError(f"data.{missing} is not set, its other half is")
+        if data.task != "seq2seq":
+            raise ValueError(f"data.{split}_source and data.{split}_target are for task seq2seq, not {data.task}")
+        return read_parallel(_path(data, source), _path(data, target))
+    if file:
+        path = _path(data, file)
+        records = any(suffix in (".tsv", ".jsonl", ".json") for suffix in path.suffixes)
+        return _plain(path) if one_field and not records else read_records(path, fields)
+    if data.dataset_name:
+        return read_dataset(data.dataset_name, data.dataset_config, getattr(data, f"{split}_split"), fields)
+    raise ValueError(f"the recipe names no {split} data: set data.{split}_source and data.{split}_target, "
+                     f"data.{split}_file or data.dataset_name")  # fmt: skip
+
+
+def _plain(path: Path) -> Iterator[tuple[str]]:
+    count = 0
+    for line in open_lines(path):
+        if line.strip():
+            count += 1
+            yield (line,)
+    if not count:
+        raise ValueError(f"no data: {path} is empty")
+
+
+def _strings(examples: Iterator[tuple[Any, ...]], names: str) -> Iterator[tuple[str, ...]]:
+    for number, example in enumerate(examples, start=1):
+        for value in example:
+            if not isinstance(value, str):
+                raise ValueError(f"example {number}: {names} must be text, got {type(value).__name__}: {value!r}")
+        yield example
+
+
+def build_dataset(
+    data: DataArguments,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Labels,
+    examples: list[tuple[Any, ...]],
+) -> EncodedDataset:
+    """Encodes the examples of a split for the task.
+
+    Over-long examples are treated as `data.over_length` says in training and truncated in evaluation, so that every
+    example counts there.
+    """
+    policy = data.over_length if split == "train" else "truncate"
+    if data.task == "seq2seq":
+        return encode_pairs(
+            tokenizer,
+            ((source, target) for source, target in _strings(iter(examples), "source and target")),
+            max_source_length=data.max_source_length,
+            max_target_length=data.max_target_length,
+            over_length=policy,
+            source_prefix=data.source_prefix,
+        )
+    encode: Callable[..., EncodedDataset] = _encode_words if data.task == "token-classification" else _encode_texts
+    return encode(data, tokenizer, labels, examples, OverLength(policy))
+
+
+def _encode_texts(
+    data: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Labels,
+    examples: list[tuple[Any, ...]],
+    report: OverLength,
+) -> EncodedDataset:
+    texts = [str(example[0]) for example in examples]
+    encoded, too_long = token_ids(tokenizer, texts, data.max_source_length, False)
+    features: list[dict[str, Any]] = []
+    for example, ids, long in zip(examples, encoded, too_long, strict=True):
+        report.examples += 1
+        report.too_long += long
+        if long and report.policy == "error":
+            raise ValueError(f"example {report.examples} is longer than max_source_length={data.max_source_length}")
+        if long and report.policy == "drop":
+            continue
+        feature: dict[str, Any] = {"input_ids": ids}
+        if data.task == "text-classification":
+            feature["labels"] = labels.id(str(example[1]))
+        elif data.task == "causal-lm":
+            feature["labels"] = list(ids)
+        features.append(feature)
+    return finished(features, report)
+
+
+def _encode_words(
+    data: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Labels,
+    examples: list[tuple[Any, ...]],
+    report: OverLength,
+) -> EncodedDataset:
+    features: list[dict[str, Any]] = []
+    for words, tags in examples:
+        report.examples += 1
+        if isinstance(words, str):  # from a TSV: words and tags separated by spaces
+            words, tags = words.split(), str(tags).split()
+        if len(words) != len(tags):
+            raise ValueError(f"example {report.examples}: {len(words)} words but {len(tags)} tags")
+        tag_ids = [labels.id(str(tag)) for tag in tags]
+        encoding = tokenizer(words, is_split_into_words=True, verbose=False)
+        limit = data.max_source_length
+        if limit is not None and len(encoding["input_ids"]) > limit:
+            report.too_long += 1
+            if report.policy == "error":
+                raise ValueError(f"example {report.examples} is longer than max_source_length={limit}")
+            if report.policy == "drop":
+                continue
+            encoding = tokenizer(words, is_split_into_words=True, truncation=True, max_length=limit)
+        # The first token of a word carries its tag; the others, and the special tokens, none.
+        word_ids = encoding.word_ids()
+        aligned = [
+            -100 if word is None or (index and word_ids[index - 1] == word) else tag_ids[word]
+            for index, word in enumerate(word_ids)
+        ]
+        features.append({"input_ids": encoding["input_ids"], "labels": aligned})
+    return finished(features, report)
+
+
+def data_collator(task: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
+    """The collator of transformers that pads (and masks) a task's batches."""
+    if task in ("seq2seq", "causal-lm"):
+        # With the model it also makes `decoder_input_ids`, which the label-smoothed loss needs.
+        return DataCollatorForSeq2Seq(tokenizer, model=model if model.config.is_encoder_decoder else None)
+    if task == "masked-lm":
+        return DataCollatorForLanguageModeling(tokenizer, mlm=True)
+    if task == "token-classification":
+        return DataCollatorForTokenClassification(tokenizer)
+    return DataCollatorWithPadding(tokenizer)
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Share of labels predicted right, for the classification tasks' `compute_metrics`."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    labels = np.asarray(prediction.label_ids)
+    counted = labels != -100
+    return {"accuracy": float((np.argmax(logits, axis=-1) == labels)[counted].mean())}

@@ -1,0 +1,303 @@
+"""`Seq2SeqTrainer` with the four things that training a translator needs and it lacks.
+
+`UrformTrainer` adds, and changes nothing else:
+
+* global batches by a token budget (or by examples), the same on one process and on many: `batching.py`;
+* a label-smoothed loss that is a sum over tokens divided by the number of tokens of the whole update
+  (`SmoothedCrossEntropy`), on every process and under gradient accumulation;
+* checkpoints that are complete or do not count: a manifest with the size of every file is written last, a failed save
+  removes what it wrote and leaves the previous checkpoints alone, and `last_complete_checkpoint` skips torn ones;
+* `config.use_cache` as the user set it: Trainer turns it off for training and would save that into every checkpoint.
+
+It works with any model of transformers, not only Urform's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .batching import GlobalBatchSampler
+
+__all__ = [
+    "CheckpointError",
+    "InterruptCallback",
+    "SmoothedCrossEntropy",
+    "TrainingInterruptedError",
+    "UrformTrainer",
+    "complete_checkpoints",
+    "last_complete_checkpoint",
+]
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_NAME = "checkpoint_manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the message names the newest complete one."""
+
+
+class TrainingInterruptedError(RuntimeError):
+    """Training stopped on a signal after saving a checkpoint.
+
+    Attributes:
+        signal_number: The signal (2 for Ctrl-C).
+        step: The number of optimizer steps done.
+        checkpoint: The checkpoint to resume from.
+    """
+
+    def __init__(self, signal_number: int, step: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} at step {step}, saved {checkpoint}")
+        self.signal_number = signal_number
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+class SmoothedCrossEntropy:
+    """Label-smoothed cross-entropy (Szegedy et al. 2016, arXiv:1512.00567, section 7), a mean over the update's tokens.
+
+    Under `torch.no_grad` (evaluation) it is the plain negative log-likelihood: smoothing regularises training, and a
+    validation loss that contains it cannot be compared between runs.
+
+    Args:
+        smoothing: Probability mass spread evenly over the whole vocabulary, as `torch.nn.functional.cross_entropy`
+            defines it.
+        shift: True for a causal model, where position i predicts label i+1.
+    """
+
+    def __init__(self, smoothing: float, shift: bool = False) -> None:
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"label_smoothing_factor must be in [0, 1), got {smoothing}")
+        self.smoothing = smoothing
+        self.shift = shift
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        if self.shift:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        total = nn.functional.cross_entropy(
+            logits.flatten(0, -2).float(),
+            labels.to(logits.device).flatten(),
+            reduction="sum",
+            label_smoothing=self.smoothing if torch.is_grad_enabled() else 0.0,
+        )
+        count = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / count
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run whose every file is there in full, oldest first; torn ones are reported and skipped."""
+    found: dict[int, Path] = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)):
+            if (reason := _why_incomplete(path)) is None:
+                found[int(match[1])] = path
+            else:
+                warnings.warn(f"skipping the incomplete checkpoint {path}: {reason}", stacklevel=2)
+    return [found[step] for step in sorted(found)]
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    return next(reversed(complete_checkpoints(output_dir)), None)
+
+
+def _why_incomplete(checkpoint: Path) -> str | None:
+    try:
+        sizes = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST_NAME}, so saving it did not finish"
+    except (ValueError, KeyError, OSError) as error:
+        return f"{MANIFEST_NAME} cannot be read ({error})"
+    for name, size in sizes.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+class InterruptCallback(TrainerCallback):
+    """Ends training at the next step with a checkpoint when SIGINT or SIGTERM arrives; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handles the signals inside the `with` block (only the main thread may)."""
+        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number:
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Asks for a checkpoint and the end; all processes agree on the step."""
+        if args.world_size > 1:
+            flag = torch.tensor(self.signal_number, device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.signal_number = int(flag)
+        if self.signal_number:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+class _SetEpochCallback(TrainerCallback):
+    """Tells the sampler its epoch, also behind the wrappers that accelerate puts around it when resuming."""
+
+    def __init__(self, sampler: GlobalBatchSampler, accumulation: int) -> None:
+        self.sampler = sampler
+        self.updates_per_epoch = -(-sampler.num_global_batches // accumulation)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sampler.set_epoch(state.global_step // self.updates_per_epoch)
+
+
+class UrformTrainer(Seq2SeqTrainer):
+    """`Seq2SeqTrainer` with global batches, token-exact label smoothing and checkpoints that survive a full disk.
+
+    Args:
+        tokens_per_batch: Budget of a global batch in padded tokens, source plus target; None uses
+            `per_device_train_batch_size` examples per process.
+        pool_batches: See `GlobalBatchSampler`.
+        **kwargs: As for `Seq2SeqTrainer`. With `label_smoothing_factor` the loss is `SmoothedCrossEntropy`. The training
+            dataset has a `lengths` attribute (see `EncodedDataset`), else Trainer's own sampling is used.
+    """
+
+    def __init__(self, *, tokens_per_batch: int | None = None, pool_batches: int = 4, **kwargs: Any) -> None:
+        model, args = kwargs["model"], kwargs["args"]
+        if not isinstance(args, Seq2SeqTrainingArguments):
+            raise ValueError(f"args must be Seq2SeqTrainingArguments, got {type(args).__name__}")
+        self._use_cache = getattr(model.config, "use_cache", None)
+        if args.label_smoothing_factor and kwargs.get("compute_loss_func") is None:
+            is_causal = not model.config.is_encoder_decoder and "CausalLM" in type(model).__name__
+            kwargs["compute_loss_func"] = SmoothedCrossEntropy(args.label_smoothing_factor, shift=is_causal)
+        super().__init__(**kwargs)
+        if args.label_smoothing_factor and not model.config.is_encoder_decoder:
+            # The labels do not reach the model, so Trainer cannot know from its loss that they are shifted.
+            self._loss_shifts_labels = is_causal
+        self.tokens_per_batch = tokens_per_batch
+        self.pool_batches = pool_batches
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Global batches dealt to the processes by accelerate."""
+        lengths = getattr(self.train_dataset, "lengths", None)
+        if lengths is None or self.args.n_gpu > 1:
+            if self.tokens_per_batch is not None:
+                raise ValueError(
+                    "a token budget needs a training dataset with `lengths` (EncodedDataset) and one device per "
+                    "process: launch with `accelerate launch` rather than torch.nn.DataParallel"
+                )
+            return super().get_train_dataloader()
+        by_tokens = self.tokens_per_batch is not None
+        sampler = GlobalBatchSampler(
+            lengths,
+            tokens=self.tokens_per_batch,
+            examples=None if by_tokens else self.args.per_device_train_batch_size * self.args.world_size,
+            num_splits=self.args.world_size,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            pool_batches=self.pool_batches,
+            shuffle=self.args.train_sampling_strategy != "sequential",
+        )
+        self.pop_callback(_SetEpochCallback)
+        self.add_callback(_SetEpochCallback(sampler, self.args.gradient_accumulation_steps))
+        workers = self.args.dataloader_num_workers
+        loader: DataLoader = DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers > 0 else None,
+        )
+        # Sub-batches differ in size and come in whole rounds of ranks already: accelerate must not even them out.
+        # (Only here; evaluation relies on even batches.)
+        even_batches, self.accelerator.even_batches = self.accelerator.even_batches, False
+        try:
+            return self.accelerator.prepare(loader)
+        finally:
+            self.accelerator.even_batches = even_batches
+
+    # --- saving ------------------------------------------------------------------------------------------------
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        config = self.model.config
+        training_value = getattr(config, "use_cache", None)
+        if self._use_cache is not None:
+            config.use_cache = self._use_cache
+        try:
+            super()._save(output_dir, state_dict=state_dict)
+        finally:
+            if training_value is not None:
+                config.use_cache = training_value
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if folder.is_dir() and _why_incomplete(folder) is None:
+            return  # This very step is saved already (an interrupt at a saving step, or the end of an epoch).
+        complete = False
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                files = {
+                    str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()
+                }
+                manifest = {"step": self.state.global_step, "files": files}
+                (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            complete = True
+        except (OSError, RuntimeError, SafetensorError) as error:
+            previous = last_complete_checkpoint(folder.parent)
+            raise CheckpointError(
+                f"could not save {folder}: {error}. "
+                + (f"The last complete checkpoint is {previous}" if previous else "There is no complete checkpoint")
+            ) from error
+        finally:
+            if not complete and self.args.should_save:
+                # Give the space back and leave nothing that looks like a checkpoint.
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; `config.use_cache` is afterwards what it was before."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._use_cache is not None:
+                self.model.config.use_cache = self._use_cache
