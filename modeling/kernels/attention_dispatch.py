@@ -1,0 +1,253 @@
+"""`attention()`: the one entry to every attention backend, its checks, and the table of who can serve what.
+
+Shapes: B batch, L queries, S keys, N packed tokens, H heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention_biases import Bias
+from .attention_layouts import Layout
+from .attention_reference import reference_attention
+from .attention_sdpa import sdpa_attention
+
+FEATURES: dict[str, str] = {
+    "causal": "causal=True",
+    "window": "window",
+    "gqa": "fewer key/value heads than query heads",
+    "padded": "padded layouts",
+    "packed": "packed layouts",
+    "mixed": "one layout padded, the other packed",
+    "alibi": "an ALiBi bias",
+    "t5": "a T5Bias",
+    "relative": "a RelativeBias",
+    "dense": "a DenseBias",
+    "softcap": "softcap",
+    "dropout": "dropout_p",
+    "seed": "dropout with a seed (counter-based)",
+    "lse": "return_lse=True",
+}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute attention: the function and the features (keys of `FEATURES`) it serves."""
+
+    run: Callable[..., tuple[Tensor, Tensor | None]]
+    serves: frozenset[str]
+
+
+#: The capability table, fastest first: `backend="auto"` takes the first backend that serves the case.
+BACKENDS: dict[str, Backend] = {
+    "sdpa": Backend(sdpa_attention, frozenset(FEATURES) - {"softcap", "seed", "lse"}),
+    "reference": Backend(reference_attention, frozenset(FEATURES)),
+}
+
+_warned: set[str] = set()
+
+
+def attention_backends() -> dict[str, dict[str, bool]]:
+    """Give the capability table: backend -> feature -> whether it is served, the preferred backend first."""
+    return {name: {feature: feature in backend.serves for feature in FEATURES} for name, backend in BACKENDS.items()}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_layout: Layout | None = None,
+    kv_layout: Layout | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    bias: Bias | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute scaled dot-product attention (Vaswani et al. 2017, eq. 1) for every layout, mask and bias.
+
+    `dropout(softmax(softcap * tanh(scale * q k^T / softcap) + bias)) v`, over the keys that each query may attend.
+
+    Positions count real tokens: inside each sequence keys are 0..S-1 and queries 0..L-1, shifted by S-L when `causal`
+    so that the last query meets the last key. Window, causality and positional biases all use these positions.
+
+    Args:
+        q: `[B, L, H, D]`, or packed `[N, H, D]` with a packed `q_layout`.
+        k: `[B, S, G, D]` or packed `[M, G, D]`; H must be a multiple of G (Ainslie et al. 2023).
+        v: as k; its head dim may differ, the output then has it.
+        q_layout: where the queries' sequences are; None: `[B, L]` without padding.
+        kv_layout: where the keys' sequences are; None: `[B, S]` without padding.
+        causal: a query attends only to keys up to its position.
+        window: `(left, right)` keeps keys in `[position - left, position + right]`; None or -1 is unbounded.
+        bias: `ALiBi`, `T5Bias`, `RelativeBias` or `DenseBias`, added after scale and softcap.
+        softcap: bound of the scores (Gemma 2, Gemma Team 2024, section 2).
+        scale: factor of the scores; None: `D ** -0.5`.
+        dropout_p: probability of dropping an attention weight, in [0, 1).
+        seed: integer (or 0-dim integer tensor) for counter-based dropout, which depends on (seed, sequence, head, row,
+            column) alone: packed equals padded, and recomputation equals the forward pass. None: randomness from
+            torch's default generator.
+        return_lse: also return the log of the softmax's denominator (before dropout).
+        backend: "auto", or a name in `attention_backends()`.
+
+    Returns:
+        out, of q's shape and dtype; exactly 0 at padding and in rows that may attend nothing, with finite gradients.
+        With `return_lse`, `(out, lse)`: lse is `[B, H, L]` (packed `[H, N]`), float32 or wider, -inf where out is 0
+        for want of keys.
+
+    Raises:
+        ValueError: an argument is wrong, or the named backend does not serve the case. Names argument, value, remedy.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not known; use 'auto' or one of {sorted(BACKENDS)}")
+    q, k, v = _under_autocast(q, k, v)
+    _check_tensors(q, k, v)
+    q_layout = _check_layout("q", q, q_layout)
+    kv_layout = _check_layout("k", k, kv_layout)
+    if q_layout.batch != kv_layout.batch:
+        raise ValueError(f"q has {q_layout.batch} sequences and k has {kv_layout.batch}; they must correspond")
+    window = _check_window(window)
+    _check_numbers(softcap, scale, dropout_p, seed)
+    if bias is not None:
+        _check_bias(bias, q, q_layout, kv_layout)
+
+    needs = {
+        "causal": causal,
+        "window": window is not None,
+        "gqa": q.shape[-2] != k.shape[-2],
+        "padded": q_layout.mask is not None or kv_layout.mask is not None,
+        "packed": q_layout.is_packed and kv_layout.is_packed,
+        "mixed": q_layout.is_packed != kv_layout.is_packed,
+        "softcap": softcap is not None,
+        "dropout": dropout_p > 0,
+        "seed": dropout_p > 0 and seed is not None,
+        "lse": return_lse,
+    }
+    needed = {feature for feature, needed in needs.items() if needed} | ({bias.kind} if bias is not None else set())
+    chosen = BACKENDS[_choose(backend, needed)]
+    if dropout_p > 0 and seed is None and "seed" in chosen.serves:
+        seed = torch.randint(1 << 62, (), device=q.device)
+    out, lse = chosen.run(
+        q, k, v, q_layout, kv_layout, causal=causal, window=window, bias=bias, softcap=softcap,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale, dropout_p=dropout_p, seed=seed, return_lse=return_lse,
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def _choose(backend: str, needed: set[str]) -> str:
+    """Give the backend's name; refuse, or warn once on leaving the fast path, with the reason."""
+    if backend != "auto":
+        missing = _names(needed - BACKENDS[backend].serves)
+        if missing:
+            able = [name for name, other in BACKENDS.items() if needed <= other.serves]
+            raise ValueError(f"backend={backend!r} does not serve {missing}; use 'auto' or one of {able}")
+        return backend
+    chosen = next(name for name, candidate in BACKENDS.items() if needed <= candidate.serves)
+    fastest = next(iter(BACKENDS))
+    if chosen != fastest and not torch.compiler.is_compiling():
+        missing = _names(needed - BACKENDS[fastest].serves)
+        reason = f"attention() runs on {chosen!r}: {fastest!r} does not serve {missing}"
+        if reason not in _warned:
+            _warned.add(reason)
+            warnings.warn(reason, UserWarning, stacklevel=3)
+    return chosen
+
+
+def _names(features: set[str]) -> str:
+    return ", ".join(text for feature, text in FEATURES.items() if feature in features)
+
+
+def _under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast as autocast casts for PyTorch's attention: rotary embeddings leave q and k wider than v."""
+    kind = q.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))  # type: ignore[return-value]
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() not in (3, 4):
+            raise ValueError(f"{name} must be [batch, length, heads, dim] or packed [tokens, heads, dim], got {_of(x)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {x.dtype}; convert it with .to()")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; make them equal")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"k {_of(k)} and v {_of(v)} must agree in all but the last dimension")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q {_of(q)} and k {_of(k)} must have the same head dim (the last dimension)")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"q {_of(q)} has {q.shape[-2]} heads, which must be a multiple of the {k.shape[-2]} of k")
+
+
+def _check_layout(name: str, x: Tensor, layout: Layout | None) -> Layout:
+    argument = f"{'q' if name == 'q' else 'kv'}_layout"
+    if layout is None:
+        if x.dim() == 3:
+            raise ValueError(f"{name} {_of(x)} is packed: pass {argument}=Layout.packed(cu_seqlens, max_length)")
+        return Layout.full(x.shape[0], x.shape[1], x.device)
+    if not isinstance(layout, Layout):
+        raise ValueError(f"{argument} must be a Layout, got {type(layout).__name__}; use Layout.padded(mask)")
+    if layout.lengths.device != x.device:
+        raise ValueError(f"{argument} is on {layout.lengths.device} but {name} is on {x.device}; move one of them")
+    if layout.sequences is not None:
+        if x.dim() != 3 or x.shape[0] != layout.sequences.shape[0]:
+            tokens = layout.sequences.shape[0]
+            raise ValueError(f"{argument} packs {tokens} tokens (the last of cu_seqlens) but {name} is {_of(x)}; pass "
+                             f"[{tokens}, heads, dim]")  # fmt: skip
+    elif x.dim() != 4 or tuple(x.shape[:2]) != (layout.batch, layout.length):
+        raise ValueError(f"{argument} is padded [{layout.batch}, {layout.length}] but {name} is {_of(x)}; pass "
+                         "[batch, length, heads, dim] with the mask's batch and length")  # fmt: skip
+    return layout
+
+
+def _check_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None] | None:
+    """Validate, and write "unbounded" as None."""
+    if window is None:
+        return None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window={window!r} must be (left, right); None or -1 leaves a side unbounded")
+    for side in window:
+        if side is not None and (not isinstance(side, int) or isinstance(side, bool) or side < -1):
+            raise ValueError(f"window={window!r} must hold integers from 0 up; None or -1 leaves a side unbounded")
+    left, right = (None if side == -1 else side for side in window)
+    return None if left is right is None else (left, right)
+
+
+def _check_numbers(softcap: float | None, scale: float | None, dropout_p: float, seed: int | Tensor | None) -> None:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap!r} must be positive and finite; pass None for no softcap")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale={scale!r} must be finite; pass None for head_dim ** -0.5")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p!r} must be in [0, 1)")
+    if isinstance(seed, Tensor):
+        if seed.dim() != 0 or seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool:
+            raise ValueError(f"seed must be an integer or a 0-dim integer tensor, got {seed.dtype} {_of(seed)}")
+    elif seed is not None and not (isinstance(seed, int) and 0 <= seed < 1 << 63):
+        raise ValueError(f"seed={seed!r} must be an integer in [0, 2**63)")
+
+
+def _check_bias(bias: Bias, q: Tensor, q_layout: Layout, kv_layout: Layout) -> None:
+    if not isinstance(bias, Bias):
+        raise ValueError(f"bias must be a bias object, got {type(bias).__name__}; wrap a tensor in DenseBias(tensor)")
+    if bias.weight.device != q.device:
+        raise ValueError(f"bias is on {bias.weight.device} but q is on {q.device}; move one of them")
+    packed = (q_layout.is_packed, kv_layout.is_packed)
+    bias.check(q_layout.batch, q.shape[-2], q_layout.length, kv_layout.length, packed=packed)
+
+
+def _of(x: Tensor) -> str:
+    return f"of shape {tuple(x.shape)}"

@@ -1,0 +1,289 @@
+"""attn_implementation="urform" on stock models of transformers: the same outputs as eager, under every mask."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from urform.modeling.attention_interface import register_attention, urform_attention_forward, urform_mask
+from urform.modeling.kernels.attention_biases import ALiBi
+
+COMMON: dict[str, Any] = dict(
+    vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+)
+DECODER = COMMON | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+BART = dict(
+    vocab_size=50, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=40, decoder_ffn_dim=40, max_position_embeddings=64, pad_token_id=0,
+)  # fmt: skip
+FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
+    "bert": (BertModel, BertConfig(**COMMON)),
+    "modernbert": (ModernBertModel, ModernBertConfig(**COMMON, local_attention=4, global_attn_every_n_layers=2)),
+    "llama": (LlamaForCausalLM, LlamaConfig(**DECODER)),
+    "qwen3-sliding": (
+        Qwen3ForCausalLM,
+        Qwen3Config(**DECODER, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    ),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config(**DECODER, sliding_window=4, attn_logit_softcapping=3.0, query_pre_attn_scalar=8),
+    ),
+    "t5": (
+        T5ForConditionalGeneration,
+        T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, decoder_start_token_id=0),
+    ),
+    "bart": (BartForConditionalGeneration, BartConfig(**BART)),
+}
+ENCODER_DECODERS = ("t5", "bart")
+DECODERS = ("llama", "qwen3-sliding", "gemma2")
+B, L = 3, 11
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="attention.. runs on")
+        yield
+
+
+def build(family: str, implementation: str, dropout: float = 0.0) -> PreTrainedModel:
+    cls, config = FAMILIES[family]
+    config = copy.deepcopy(config)
+    for name in ("attention_dropout", "attention_probs_dropout_prob", "dropout_rate"):
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    torch.manual_seed(0)
+    model = cls._from_config(config, attn_implementation=implementation).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from the near-uniform attention of a fresh model
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+def mask_of(kind: str) -> Tensor:
+    mask = torch.ones(B, L, dtype=torch.long)
+    mask[1, 7:], mask[2, 2:] = 0, 0
+    return mask.flip(1) if kind == "left" else mask if kind == "right" else torch.ones_like(mask)
+
+
+def inputs(family: str, kind: str | None) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    given = {"input_ids": torch.randint(3, 50, (B, L))}
+    if kind is not None:
+        given["attention_mask"] = mask_of(kind)
+    if family in ENCODER_DECODERS:
+        given["decoder_input_ids"] = torch.randint(3, 50, (B, 7))
+        if kind is not None:
+            given["decoder_attention_mask"] = mask_of(kind)[:, -7:] if kind == "left" else mask_of(kind)[:, :7]
+    return given
+
+
+def real(family: str, given: dict[str, Tensor]) -> Tensor:
+    """Where the output is that of a real token."""
+    name = "decoder_" if family in ENCODER_DECODERS else ""
+    return given.get(f"{name}attention_mask", torch.ones_like(given[f"{name}input_ids"])).bool()
+
+
+@pytest.mark.parametrize("kind", [None, "none", "left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients_are_eager_s(family: str, kind: str | None) -> None:
+    given = inputs(family, kind)
+    keep = real(family, given)
+    results = []
+    for implementation in ("eager", "urform"):
+        model = build(family, implementation)
+        out = model(**given)[0][keep]
+        out.square().mean().backward()
+        results.append((out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (want, want_grads), (got, got_grads) = results
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+    assert got_grads.keys() == want_grads.keys()
+    for name, grad in want_grads.items():
+        scale = grad.abs().max().item()
+        torch.testing.assert_close(
+            got_grads[name], grad, atol=1e-4 * scale + 1e-7, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_packing_by_position_ids(family: str) -> None:
+    torch.manual_seed(2)
+    ids, sizes = torch.randint(3, 50, (1, 14)), (6, 1, 7)
+    positions = torch.cat([torch.arange(n) for n in sizes])[None]
+    starts = torch.tensor([0, 6, 7, 14], dtype=torch.int32)
+    model = build(family, "urform")
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False)[0]
+    eager = build(family, "eager")(input_ids=ids, position_ids=positions, use_cache=False)[0]
+    torch.testing.assert_close(packed, eager, atol=2e-5, rtol=1e-4)
+    alone = torch.cat([model(input_ids=part)[0] for part in ids.split(sizes, dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
+    lengths = dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=7, max_length_k=7)
+    for mask in (None, torch.ones_like(ids)):  # the ones hide the packing from the library's mask builders
+        by_lengths = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, **lengths)[0]
+        torch.testing.assert_close(by_lengths, alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_packed_encoders_keep_documents_apart_by_cu_seq_lens(family: str) -> None:
+    torch.manual_seed(2)
+    ids, sizes = torch.randint(3, 50, (1, 14)), (6, 1, 7)
+    positions = torch.cat([torch.arange(n) for n in sizes])[None]
+    starts = torch.tensor([0, 6, 7, 14], dtype=torch.int32)
+    model = build(family, "urform")
+    lengths = dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=7, max_length_k=7)
+    packed = model(input_ids=ids, position_ids=positions, **lengths)[0]
+    alone = torch.cat([model(input_ids=part)[0] for part in ids.split(sizes, dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("family", [*DECODERS, *ENCODER_DECODERS])
+def test_generation_with_padding(family: str, cache: str | None) -> None:
+    given = {k: v for k, v in inputs(family, "left").items() if not k.startswith("decoder_")}
+    options = dict(max_new_tokens=9, min_new_tokens=9, do_sample=False, cache_implementation=cache)
+    options |= {"disable_compile": True} if cache else {}
+    want = build(family, "eager").generate(**given, **options)
+    got = build(family, "urform").generate(**given, **options)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_static_cache_without_a_mask(family: str) -> None:
+    """Keys behind the last query are not written yet, and no mask says so."""
+    ids = inputs(family, None)["input_ids"]
+    outs = []
+    for implementation in ("eager", "urform"):
+        model = build(family, implementation)
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        steps = [model(input_ids=part, past_key_values=cache)[0] for part in ids.split((6, 1, 3, 1), dim=1)]
+        outs.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(outs[1], outs[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "gemma2"])
+def test_dropout_in_training_only(family: str) -> None:
+    given = inputs(family, "right")
+    model = build(family, "urform", dropout=0.5)
+    assert torch.equal(model(**given)[0], model(**given)[0])
+    if family != "t5":  # T5 drops elsewhere too
+        for module in model.modules():
+            module.training = "Attention" in type(module).__name__
+    else:
+        model.train()
+    first, second = model(**given)[0], model(**given)[0]
+    assert first.isfinite().all() and not torch.equal(first, second)
+
+
+class Module(nn.Module):
+    is_causal = True
+
+
+def heads(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-2]))
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_rows_without_a_key_are_zero(additive: bool) -> None:
+    q, k = heads(2, 4, 5, 8).requires_grad_(), heads(2, 2, 7, 8).requires_grad_()
+    mask = torch.rand(2, 1, 5, 7) < 0.5
+    mask[0, :, 2] = False
+    given = torch.zeros(2, 1, 5, 7).masked_fill(~mask, torch.finfo(torch.float32).min) if additive else mask
+    out, weights = urform_attention_forward(Module(), q, k, k, given)
+    assert weights is None and out.shape == (2, 5, 4, 8) and out.is_contiguous()
+    assert (out[0, 2] == 0).all() and (out[0, 1] != 0).any()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), [q, k]))
+
+
+def test_packed_cross_attention_and_bias_objects() -> None:
+    q, k = heads(1, 4, 5, 8), heads(1, 2, 9, 8)
+    cu_q, cu_k = torch.tensor([0, 2, 5]), torch.tensor([0, 6, 9])
+    bias = ALiBi(torch.tensor([0.5, 0.2, 0.1, 0.7]))
+    call: dict[str, Any] = dict(is_causal=False, position_bias=bias)
+    packed, _ = urform_attention_forward(Module(), q, k, k, None, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k, **call)
+    for (a, b), (c, d) in zip(((0, 2), (2, 5)), ((0, 6), (6, 9)), strict=True):
+        part = k[:, :, c:d]
+        alone, _ = urform_attention_forward(Module(), q[:, :, a:b], part, part, None, **call)
+        torch.testing.assert_close(packed[:, a:b], alone)
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_cu_seq_lens_beside_a_mask_or_a_bias_tensor(causal: bool, with_mask: bool) -> None:
+    """Neither says where documents end; both stay in force."""
+    q, k, bias = heads(1, 4, 7, 8), heads(1, 2, 9, 8), heads(1, 4, 7, 9)
+    module = Module()
+    module.is_causal = causal
+    mask = torch.rand(1, 1, 7, 9, generator=torch.Generator().manual_seed(1)) < 0.7 if with_mask else None
+    cu_q, cu_k = torch.tensor([0, 3, 7]), torch.tensor([0, 4, 9])
+    call: dict[str, Any] = dict(cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k, position_bias=bias)
+    packed, _ = urform_attention_forward(module, q, k, k, mask, **call)
+    for rows, columns in ((slice(0, 3), slice(0, 4)), (slice(3, 7), slice(4, 9))):
+        part, own = k[:, :, columns], mask if mask is None else mask[..., rows, columns]
+        alone, _ = urform_attention_forward(
+            module, q[:, :, rows], part, part, own, position_bias=bias[..., rows, columns]
+        )
+        torch.testing.assert_close(packed[:, rows], alone)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"s_aux": torch.zeros(4)}, ["s_aux", "eager"]),
+        ({"cache": object()}, ["cache"]),
+        ({"cu_seq_lens_q": torch.tensor([0, 5])}, ["cu_seq_lens_q", "batch is 2"]),
+        ({"attention_mask": torch.ones(1, 1, 5, 5) > 0, "position_bias": ALiBi(torch.ones(4))}, ["ALiBi", "dense"]),
+        ({"module": nn.Linear(1, 1)}, ["Linear", "is_causal"]),
+        ({"attention_mask": torch.ones(1, 1, 5, 9) > 0}, ["5, 9", "[2, 4, 5, 5]"]),
+    ],
+)
+def test_refuses_by_name(options: dict[str, Any], words: list[str]) -> None:
+    x = heads(2, 4, 5, 8)
+    with pytest.raises(ValueError) as error:
+        given = {"module": Module(), "query": x, "key": x, "value": x, "attention_mask": None}
+        urform_attention_forward(**(given | options))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_mask_is_none_only_where_causality_says_it_all() -> None:
+
+    def mask(q_length: int, kv_length: int, q_offset: Any = 0) -> Any:
+        return urform_mask(batch_size=1, q_length=q_length, kv_length=kv_length, q_offset=q_offset)
+
+    assert mask(4, 4) is None
+    assert mask(1, 4, 3) is None
+    assert mask(1, 8, 3).tolist() == [[[[True] * 4 + [False] * 4]]]
+    assert mask(2, 8, torch.tensor(0)).sum() == 3
+
+
+def test_registering_again_changes_nothing() -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    register_attention()
+    assert ALL_ATTENTION_FUNCTIONS["urform"] is urform_attention_forward
+    assert ALL_MASK_ATTENTION_FUNCTIONS["urform"] is urform_mask
