@@ -34,9 +34,9 @@ HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "AutoModelForCausalLM": ("UrformForCausalLM", (_DECODER,)),
     "AutoModelForMaskedLM": ("UrformForMaskedLM", (_ENCODER,)),
     "AutoModelForSequenceClassification": ("UrformForSequenceClassification", (_ENCODER, _DECODER, _BOTH)),
-    "AutoModelForTokenClassification": ("UrformForTokenClassification", (_ENCODER, _DECODER, _BOTH)),
+    "AutoModelForTokenClassification": ("UrformForTokenClassification", (_ENCODER, _DECODER)),
     "AutoModelForQuestionAnswering": ("UrformForQuestionAnswering", (_ENCODER, _DECODER, _BOTH)),
-    "AutoModelForMultipleChoice": ("UrformForMultipleChoice", (_ENCODER, _DECODER, _BOTH)),
+    "AutoModelForMultipleChoice": ("UrformForMultipleChoice", (_ENCODER, _DECODER)),
     "AutoModelForTextEncoding": ("UrformEncoderModel", (_ENCODER, _BOTH)),
 }
 
