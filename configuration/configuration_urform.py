@@ -27,11 +27,14 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
 from .bundle_urform import BundledCodeMixin
 from .presets_urform import PRESETS
 
+
+logger = logging.get_logger(__name__)
 
 _probability = interval(min=0.0, max=1.0)
 
@@ -128,12 +131,11 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     model_type = "urform"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"d_model": "hidden_size"}
-    # Relative to a stack; transformers prefixes them with `encoder.` and `decoder.`.
+    # Relative to a stack, which keeps what matches its modules; transformers adds the prefix.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
+        **{f"layers.*.{a}.{p}_proj": "colwise" for a in ("self_attn", "cross_attn") for p in "qkv"},
+        **{f"layers.*.{a}.o_proj": "rowwise" for a in ("self_attn", "cross_attn")},
+        "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
@@ -151,7 +153,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int = 2048
-    hidden_act: str = "relu"
+    hidden_act: str = "gelu"
 
     decoder_num_hidden_layers: int | None = None
     decoder_num_attention_heads: int | None = None
@@ -167,7 +169,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     norm_offset: int | float = 0.0
     final_norm: bool | None = None
 
-    position_encoding: Literal["sinusoidal", "learned", "rope", "alibi", "t5", "none"] = "sinusoidal"
+    position_encoding: Literal["sinusoidal", "learned", "rope", "alibi", "t5", "none"] = "rope"
     max_position_embeddings: int = 1024
     position_offset: int = 0
     rope_parameters: dict | None = None
@@ -184,7 +186,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     mlp_bias: bool = True
     gated_mlp: bool = False
 
-    scale_embedding: bool = True
+    scale_embedding: bool = False
     embedding_norm: bool = False
     type_vocab_size: int = 0
     share_embeddings: bool = True
@@ -254,11 +256,14 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
             self.decoder_start_token_id = self.bos_token_id
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        """A field that does not exist is an error from a caller, and a warning from a saved file (of a newer Urform?)."""
         generation = GenerationConfig._get_default_generation_params()
         known = {field.name for field in fields(self)}
-        for key in kwargs:
-            if key.startswith("_") or key in _LIBRARY_KEYS or key in generation:
-                continue
+        unknown = [k for k in kwargs if not k.startswith("_") and k not in _LIBRARY_KEYS and k not in generation]
+        if unknown and "model_type" in kwargs:
+            logger.warning_once(f"UrformConfig knows no field {', '.join(sorted(unknown))}; kept, but without effect")
+            return
+        for key in unknown:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "see help(UrformConfig) for the fields there are"
             raise ValueError(f"UrformConfig has no field {key!r} (given {kwargs[key]!r}); {hint}")
@@ -286,6 +291,11 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         """The sizes of the decoder or of the encoder; with one stack only, of that stack."""
         prefix = "decoder_" if decoder and self.is_encoder_decoder else ""
         return StackSizes(*(getattr(self, prefix + name) for name in StackSizes._fields))
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """As the library's; a decoder like its encoder is described by this very config, not by a copy."""
+        alike = all(getattr(self, f"decoder_{n}") == getattr(self, n) for n in (*_DECODER_SIZES, "layer_types"))
+        return self if alike else super().get_text_config(decoder=decoder, encoder=encoder)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "UrformConfig":

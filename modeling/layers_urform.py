@@ -95,7 +95,7 @@ class UrformRotaryEmbedding(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(self, config: UrformConfig, layer_type: str):
+    def __init__(self, config: UrformConfig, layer_type: str = "full_attention"):
         super().__init__()
         if config.rope_is_per_layer_type:  # transformers' functions then see the flat form
             config = copy.deepcopy(config)
@@ -118,15 +118,16 @@ class UrformRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Integer positions `[B, L]` to cosines and sines `[B, 1, L, rotated]`, in the dtype of `x`."""
+        """Integer positions `[B, L]` to cosines and sines `[B, L, rotated]`, in the dtype of `x`."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        angle = position_ids[:, None, :, None].to(wide) * self.inv_freq.to(x.device, wide)
+        angle = position_ids[..., None].to(wide) * self.inv_freq.to(x.device, wide)
         angle = torch.cat((angle, angle), dim=-1)
         return (angle.cos() * self.attention_scaling).to(x.dtype), (angle.sin() * self.attention_scaling).to(x.dtype)
 
 
 def rotate(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + half) of the first `cos.shape[-1]` features by their angles."""
+    """Rotate pairs (i, i + half) of the first features by the angles `[B, L, rotated]`."""
+    cos, sin = cos[:, None], sin[:, None]
     rotated, kept = x_BHLD[..., : cos.shape[-1]], x_BHLD[..., cos.shape[-1] :]
     left, right = rotated.chunk(2, dim=-1)
     rotated = rotated * cos + torch.cat((-right, left), dim=-1) * sin

@@ -7,6 +7,7 @@ a loss. The stacks are in `stack_urform.py`, their blocks in `layers_urform.py`.
 Shapes: B batch, L (target) length, S source length, E hidden, V vocabulary.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -314,7 +315,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, EncoderDecoderCache) and "sliding_attention" in self.config.decoder_layer_types:
-            full = self.config.get_text_config(decoder=True)
+            full = copy.deepcopy(self.config.get_text_config(decoder=True))
             full.layer_types, full.sliding_window = ["full_attention"] * full.num_hidden_layers, None
             if isinstance(cache.cross_attention_cache, StaticCache):
                 length = model_kwargs["encoder_outputs"][0].shape[1]

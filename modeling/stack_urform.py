@@ -8,6 +8,7 @@ Shapes: B batch, L length, S source length, E hidden.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,14 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
         It un-pads cross-attention's queries with the keys' mask, and has no position bias.
         """
         return not self.config.is_encoder_decoder and self.config.position_encoding not in ("alibi", "t5")
+
+    def init_parallel_plans(self) -> None:
+        """Keep of the config's plans, which serve every stack, what matches a module of this model."""
+        super().init_parallel_plans()
+        names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in self.named_modules()}
+        for plan in ("_tp_plan", "_pp_plan", "_fsdp_plan"):
+            entries = getattr(self, plan) or {}
+            setattr(self, plan, {k: v for k, v in entries.items() if names.issuperset((k,) if isinstance(k, str) else k)})
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
