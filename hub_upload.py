@@ -66,7 +66,7 @@ tags:
 
 # {name}
 
-A {architecture} Transformer made with [Urform](https://pypi.org/project/urform).
+A {architecture} Transformer made with Urform.
 
 ```python
 from transformers import {auto}, AutoTokenizer
