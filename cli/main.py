@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +44,8 @@ def _clean_errors(debug: bool) -> Iterator[None]:
     """One line on stderr instead of a traceback for everything a user can mend."""
     try:
         yield
+    except typer.Exit:
+        raise
     except KeyboardInterrupt:
         if debug:
             raise
@@ -142,7 +144,8 @@ def train(
 
         changes = [*(overrides or ()), *(["training.disable_tqdm=true"] if quiet else [])]
         try:
-            result = run_train(recipe, changes, resume=resume, output_dir=output_dir)
+            with redirect_stdout(sys.stderr):  # Trainer prints its log
+                result = run_train(recipe, changes, resume=resume, output_dir=output_dir)
         except TrainingInterruptedError as interrupted:
             if debug:
                 raise
@@ -199,7 +202,9 @@ def evaluate(
 @app.command()
 def predict(
     model_dir: ModelDir,
-    file: Annotated[Path | None, typer.Argument(help="Text, one input per line (.gz and .xz too); default stdin.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="Text, one input per line (.gz and .xz too); default stdin.")
+    ] = None,
     prefix: Prefix = "",
     num_beams: Beams = 5,
     length_penalty: LengthPenalty = 1.0,

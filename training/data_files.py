@@ -36,7 +36,7 @@ def open_lines(path: str | Path) -> Iterator[str]:
     try:
         # newline="\n": Unicode's other line separators belong to the text.
         with opener(path, "rt", encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, start=1):  # noqa: B007 (used when reading fails)
+            for number, line in enumerate(file, start=1):
                 text = line.rstrip("\n").removesuffix("\r")
                 yield text.removeprefix("\ufeff") if number == 1 else text
     except UnicodeDecodeError as error:

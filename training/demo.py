@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,7 +89,8 @@ def demo(
 
     before = _untrained(recipe, test[: min(200, len(test))], seed)
     say(f"before training: exact match {before.exact_match:.1f}%, chrF {before.chrf:.1f}")
-    result = train(recipe)
+    with redirect_stdout(sys.stderr):  # Trainer prints its log
+        result = train(recipe)
     say(f"trained {result.metrics['num_parameters']:,} parameters, {result.steps} steps, "
         f"{result.metrics['train_runtime']:.0f} s")  # fmt: skip
     after = TranslationScores(**result.metrics["test"])
@@ -110,12 +113,12 @@ def demo(
 
 
 def _clear(folder: Path) -> None:
-    import shutil
-
     if folder.exists():
         strangers = {item.name for item in folder.iterdir()} - {"data", "model"}
         if strangers:
-            raise ValueError(f"{folder} holds more than a demonstration ({min(strangers)}): choose another --output-dir")
+            raise ValueError(
+                f"{folder} holds more than a demonstration ({min(strangers)}): choose another --output-dir"
+            )
         shutil.rmtree(folder)
 
 

@@ -113,7 +113,9 @@ def encode_pairs(
     report = OverLength(over_length)
     features: list[dict[str, Any]] = []
     for chunk in _chunks(pairs):
-        sources, long_sources = token_ids(tokenizer, [source_prefix + pair[0] for pair in chunk], max_source_length, False)
+        sources, long_sources = token_ids(
+            tokenizer, [source_prefix + pair[0] for pair in chunk], max_source_length, False
+        )
         targets, long_targets = token_ids(tokenizer, [pair[1] for pair in chunk], max_target_length, True)
         for source, target, long in zip(
             sources, targets, (a or b for a, b in zip(long_sources, long_targets, strict=True)), strict=True

@@ -84,7 +84,9 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
-            raise ValueError(f"data.task must be one of {', '.join(TASKS)}, got {self.task!r}{_nearest(self.task, TASKS)}")
+            raise ValueError(
+                f"data.task must be one of {', '.join(TASKS)}, got {self.task!r}{_nearest(self.task, TASKS)}"
+            )
         if self.over_length not in ("drop", "truncate", "error"):
             raise ValueError(f"data.over_length must be drop, truncate or error, got {self.over_length!r}")
 
@@ -151,7 +153,7 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-3` is a number (YAML 1.1 wants `1.0e-3`), a key given twice is an error."""
+    """YAML 1.2 where 1.1 surprises: `1e-3` is a number, `no` is a word (or Norwegian), a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -161,7 +163,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, pattern) for tag, pattern in value if not tag.endswith(":bool")]
+    for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )

@@ -131,7 +131,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Labe
             fields.setdefault("architecture", ARCHITECTURES.get(task, "encoder"))
         config = AutoConfig.for_model(arguments.model_type, **fields)
     if config.is_encoder_decoder and config.decoder_start_token_id is None:
-        config.decoder_start_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.pad_token_id
+        config.decoder_start_token_id = (
+            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.pad_token_id
+        )
     return head.from_config(config, **implementation)
 
 

@@ -77,6 +77,54 @@ class TrainingInterruptedError(RuntimeError):
         self.checkpoint = checkpoint
 
 
+class _MeanCrossEntropy(torch.autograd.Function):
+    """`cross_entropy(..., reduction="sum", label_smoothing=...) / count` with its gradient in one go, rows in chunks.
+
+    A chunk of logits stays in the cache while its few passes run; the composed operations stream the whole logits
+    through memory a dozen times. The gradient is (softmax(x) - (1 - smoothing) onehot(y) - smoothing / V) / count,
+    zero where the label is ignored.
+    """
+
+    CHUNK_ELEMENTS = 1 << 19
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, count: Tensor, smoothing: float) -> Tensor:  # type: ignore[override]
+        size = logits_NV.shape[-1]
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient_NV = torch.empty_like(logits_NV) if wants_gradient else None
+        total = torch.zeros((), dtype=torch.float64, device=logits_NV.device)
+        rows = max(1, _MeanCrossEntropy.CHUNK_ELEMENTS // size)
+        for start in range(0, len(labels_N), rows):
+            part = slice(start, start + rows)
+            x_RV = logits_NV[part].to(torch.promote_types(logits_NV.dtype, torch.float32))
+            y_R1 = labels_N[part].unsqueeze(1)
+            kept_R1 = y_R1.ne(-100)
+            y_R1 = y_R1.where(kept_R1, 0)
+            lse_R1 = x_RV.logsumexp(dim=1, keepdim=True)
+            loss_R1 = lse_R1 - (1 - smoothing) * x_RV.gather(1, y_R1)
+            if smoothing:
+                loss_R1 = loss_R1 - smoothing * x_RV.mean(dim=1, keepdim=True)
+            total += loss_R1.where(kept_R1, 0).sum(dtype=torch.float64)
+            if gradient_NV is not None:
+                g_RV = torch.sub(x_RV, lse_R1).exp_()
+                if smoothing:
+                    g_RV -= smoothing / size
+                g_RV.scatter_add_(1, y_R1, torch.full_like(lse_R1, smoothing - 1))
+                gradient_NV[part] = g_RV.mul_(kept_R1.to(g_RV.dtype) / count)
+        if gradient_NV is not None:
+            ctx.save_for_backward(gradient_NV)
+        return (total / count).to(torch.promote_types(logits_NV.dtype, torch.float32))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_NV,) = ctx.saved_tensors
+        # One process asks for exactly this gradient; a copy of it would cost as much as the loss.
+        if grad_outputs[0].device.type != "cpu" or grad_outputs[0].item() != 1:
+            gradient_NV = gradient_NV * grad_outputs[0].to(gradient_NV.dtype)
+        return gradient_NV, None, None, None
+
+
 class SmoothedCrossEntropy:
     """Label-smoothed cross-entropy (Szegedy et al. 2016, arXiv:1512.00567, section 7), a mean over the update's tokens.
 
@@ -99,14 +147,12 @@ class SmoothedCrossEntropy:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if self.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        total = nn.functional.cross_entropy(
-            logits.flatten(0, -2).float(),
-            labels.to(logits.device).flatten(),
-            reduction="sum",
-            label_smoothing=self.smoothing if torch.is_grad_enabled() else 0.0,
-        )
+        smoothing = self.smoothing if torch.is_grad_enabled() else 0.0
+        labels = labels.to(logits.device).flatten()
         count = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / count
+        count = torch.as_tensor(count, device=logits.device)
+        loss: Tensor = _MeanCrossEntropy.apply(logits.flatten(0, -2), labels, count, smoothing)
+        return loss
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -140,6 +186,12 @@ def _why_incomplete(checkpoint: Path) -> str | None:
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
     return None
+
+
+def _write_manifest(checkpoint: Path, step: int) -> None:
+    files = {str(file.relative_to(checkpoint)): file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()}
+    manifest = {"step": step, "files": files}
+    (checkpoint / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 class InterruptCallback(TrainerCallback):
@@ -272,27 +324,22 @@ class UrformTrainer(Seq2SeqTrainer):
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if folder.is_dir() and _why_incomplete(folder) is None:
             return  # This very step is saved already (an interrupt at a saving step, or the end of an epoch).
-        complete = False
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # what an earlier run may have left torn
+        self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                files = {
-                    str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()
-                }
-                manifest = {"step": self.state.global_step, "files": files}
-                (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            complete = True
+                _write_manifest(folder, self.state.global_step)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # gives the space back
             previous = last_complete_checkpoint(folder.parent)
             raise CheckpointError(
                 f"could not save {folder}: {error}. "
                 + (f"The last complete checkpoint is {previous}" if previous else "There is no complete checkpoint")
             ) from error
-        finally:
-            if not complete and self.args.should_save:
-                # Give the space back and leave nothing that looks like a checkpoint.
-                shutil.rmtree(folder, ignore_errors=True)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; `config.use_cache` is afterwards what it was before."""
