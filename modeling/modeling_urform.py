@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation import GenerationMixin
@@ -330,7 +329,6 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         decoder_position_ids: Tensor | None = None,
         encoder_outputs: ModelOutput | tuple | None = None,
         past_key_values: Cache | None = None,
@@ -341,7 +339,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """See `UrformModel.forward`.
+        """See `UrformModel.forward`; `position_ids` are the source's here and go with the other keywords.
 
         Args:
             labels: `[B, L]`, -100 where there is no loss; the decoder's input is made of them if none is given.
@@ -358,7 +356,6 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
-            position_ids=position_ids,
             decoder_position_ids=decoder_position_ids,
             encoder_outputs=encoder_outputs,
             past_key_values=past_key_values,
