@@ -78,8 +78,7 @@ def test_the_demonstration_runs(tmp_path: Path) -> None:
     result = demo(
         ["<2de> 7:45 PM", "<2zh> 12 kilometers"],
         output_dir=tmp_path / "demo",
-        overrides=["max_steps=20"]
-        + ["model.config.hidden_size=32", "training.use_cpu=true", "training.disable_tqdm=true"],
+        overrides=["max_steps=20", "model.config.hidden_size=32", "use_cpu=true", "disable_tqdm=true"],
         train_phrases=400,
         test_phrases=20,
         say=lines.append,

@@ -1,4 +1,4 @@
-"""Training: data files, recipes, global batches, the smoothed loss, averaging, checkpoints, resuming, many processes."""
+"""Training: data, recipes, global batches, the smoothed loss, averaging, checkpoints, resuming, many processes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def losses(history: list[dict[str, float]]) -> dict[int, float]:
     return {int(entry["step"]): entry["loss"] for entry in history if "loss" in entry}
 
 
-# --- data files --------------------------------------------------------------------------------------------------------
+# --- data files --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
 def test_every_compression_reads_the_same(tmp_path: Path, suffix: str) -> None:
     text = "eins\nzwei\u2028drei\r\n\nvier"
@@ -127,14 +127,14 @@ def test_a_malformed_json_line_is_named(tmp_path: Path) -> None:
 
 
 def test_other_bad_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere.txt"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
         list(open_lines(tmp_path / "nowhere.txt"))
     (tmp_path / "three").write_text("1\n2\n3\n", encoding="utf-8")
     (tmp_path / "two").write_text("1\n2\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"three has 3 lines, .*two has 2"):
         list(read_parallel(tmp_path / "three", tmp_path / "two"))
     (tmp_path / "empty").write_text("", encoding="utf-8")
-    with pytest.raises(ValueError, match="no data: .*empty"):
+    with pytest.raises(ValueError, match=r"no data: .*empty"):
         list(read_parallel(tmp_path / "empty", tmp_path / "empty"))
     (tmp_path / "t.tsv").write_text("a\tb\nc\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"t\.tsv, line 2: 1 column"):
@@ -145,7 +145,7 @@ def test_other_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"torn\.gz.*damaged"):
         list(open_lines(tmp_path / "torn.gz"))
     (tmp_path / "latin").write_bytes(b"gut\n\xe4\n")
-    with pytest.raises(ValueError, match="latin.*not UTF-8"):
+    with pytest.raises(ValueError, match=r"latin.*not UTF-8"):
         list(open_lines(tmp_path / "latin"))
 
 
@@ -155,7 +155,7 @@ def test_a_dataset_name_without_the_library(monkeypatch: pytest.MonkeyPatch) -> 
         list(read_dataset("some/name", None, "train", ["a"]))
 
 
-# --- recipes -----------------------------------------------------------------------------------------------------------
+# --- recipes -----------------------------------------------------------------------------------------------------
 def test_every_recipe_of_the_package_loads() -> None:
     assert {"demo", "multi30k-en-de", "translation"} <= set(list_recipes())
     for name in list_recipes():
@@ -193,7 +193,7 @@ def test_overrides_and_unknown_keys(tmp_path: Path) -> None:
         load_recipe(path)
 
 
-# --- global batches ------------------------------------------------------------------------------------------------------
+# --- global batches ----------------------------------------------------------------------------------------------
 lengths_strategy = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=8, max_size=300)
 
 
@@ -261,7 +261,7 @@ def test_impossible_batches(arguments: dict[str, int], message: str) -> None:
         GlobalBatchSampler([(20, 20), (3, 3), (4, 4)], **arguments)
 
 
-# --- loss --------------------------------------------------------------------------------------------------------------
+# --- loss --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shift", [False, True])
 def test_smoothed_loss_and_gradient_against_the_formula(shift: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -294,7 +294,7 @@ def test_evaluation_loss_is_not_smoothed() -> None:
     torch.testing.assert_close(half, SmoothedCrossEntropy(0.1)((logits.bfloat16().float(),), labels))
 
 
-# --- encoding ------------------------------------------------------------------------------------------------------------
+# --- encoding ----------------------------------------------------------------------------------------------------
 def test_over_long_examples_are_counted(tmp_path: Path) -> None:
     from urform import UrformTokenizer
 
@@ -311,7 +311,7 @@ def test_over_long_examples_are_counted(tmp_path: Path) -> None:
         encode_pairs(tokenizer, pairs, max_source_length=1)
 
 
-# --- averaging -----------------------------------------------------------------------------------------------------------
+# --- averaging ---------------------------------------------------------------------------------------------------
 def test_average_by_hand_also_sharded(tmp_path: Path) -> None:
     states = [
         {
@@ -348,7 +348,7 @@ def test_average_by_hand_also_sharded(tmp_path: Path) -> None:
     assert torch.equal(load_file(out / "model-00001-of-00002.safetensors")["a"], first["a"])
 
 
-# --- a run, its checkpoints, and what can go wrong with them -----------------------------------------------------------
+# --- a run, its checkpoints, and what can go wrong with them -----------------------------------------------------
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """One uninterrupted run that others are compared with."""
@@ -394,7 +394,7 @@ def test_evaluate_scores_pairs(finished: tuple[Path, Any]) -> None:
     assert scores.exact_match == 100
     with pytest.raises(FileNotFoundError, match="no such model folder"):
         list(predict(result.output_dir / "nothing", lines))
-    with pytest.raises(ValueError, match="line 2 has .* tokens and the model takes at most 128"):
+    with pytest.raises(ValueError, match=r"line 2 has .* tokens and the model takes at most 128"):
         list(predict(result.output_dir, ["red", "red dog " * 200]))
 
 
@@ -538,7 +538,7 @@ def test_the_other_tasks_learn(tmp_path: Path, task: str) -> None:
         assert accuracy > 0.6
 
 
-# --- metrics -------------------------------------------------------------------------------------------------------------
+# --- metrics -----------------------------------------------------------------------------------------------------
 def test_scores() -> None:
     hypotheses = ["Ein Hund läuft.", "Eine Katze schläft auf dem Sofa!"]
     same = score_translations(hypotheses, hypotheses, "de")
@@ -551,7 +551,7 @@ def test_scores() -> None:
         score_translations(hypotheses, hypotheses[:1])
 
 
-# --- many processes ------------------------------------------------------------------------------------------------------
+# --- many processes ----------------------------------------------------------------------------------------------
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("by_tokens", [True, False])
 def test_two_processes_follow_the_curve_of_one(tmp_path: Path, by_tokens: bool) -> None:
@@ -574,7 +574,8 @@ def test_two_processes_follow_the_curve_of_one(tmp_path: Path, by_tokens: bool) 
     )
     # accelerate 1.15 starts a single process for `--cpu --num_processes 2` without mpirun; --multi_gpu starts two.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-               "--main_process_port", "0", str(script), str(recipe), str(tmp_path / "two"), *common, *sizes[1]]  # fmt: skip
+               "--main_process_port", "0", str(script), str(recipe),
+               str(tmp_path / "two"), *common, *sizes[1]]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

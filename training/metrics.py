@@ -1,9 +1,10 @@
 """What a translation is worth: sacreBLEU on raw text, BLEU on tokenized lower-cased text, chrF, exact match.
 
-Published results on Multi30k are nearly always BLEU on text that was lower-cased, had its punctuation normalised and was
-tokenized by the Moses scripts (`*.lc.norm.tok.*`), not sacreBLEU on raw text. `tokenized_lowercased_bleu` computes that
-number: with sacremoses (a port of those scripts) where it is installed, else with sacreBLEU's own "13a" tokenizer,
-which splits the same punctuation but knows no German abbreviations; the result says which of them was used.
+Published results on Multi30k are nearly always BLEU on text that was lower-cased, had its punctuation normalised and
+was tokenized by the Moses scripts (`*.lc.norm.tok.*`), not sacreBLEU on raw text. `tokenized_lowercased_bleu` computes
+that number: with sacremoses (a port of those scripts) where it is installed, else with sacreBLEU's own "13a" tokenizer,
+which splits the same punctuation but knows no German abbreviations; the result says which of them was used. Chinese,
+Japanese and Korean are tokenized as sacreBLEU does.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ def _thirteen_a() -> tuple[Callable[[str], str], str]:
     return lambda text: tokenizer(text.lower()), f"13a (sacrebleu {sacrebleu.__version__})"
 
 
+def _default_tokenizer(language: str) -> str:
+    return {"zh": "zh", "ja": "char", "ko": "char"}.get(language.split("-")[0].split("_")[0], "13a")
+
+
 def tokenized_lowercased_bleu(
     hypotheses: Sequence[str], references: Sequence[str], language: str = "en"
 ) -> tuple[float, str]:
@@ -75,6 +80,9 @@ def tokenized_lowercased_bleu(
     """
     from sacrebleu.metrics import BLEU
 
+    if (sacrebleu_name := _default_tokenizer(language)) != "13a":
+        score = BLEU(tokenize=sacrebleu_name, lowercase=True).corpus_score(list(hypotheses), [list(references)]).score
+        return score, f"{sacrebleu_name} (sacrebleu)"
     tokenize, name = _moses(language) if importlib.util.find_spec("sacremoses") else _thirteen_a()
     metric = BLEU(tokenize="none", force=True)
     score = metric.corpus_score([tokenize(h) for h in hypotheses], [[tokenize(r) for r in references]]).score
@@ -103,7 +111,7 @@ def score_translations(
     if not references:
         raise ValueError("nothing to score")
     if bleu_tokenizer is None:
-        bleu_tokenizer = {"zh": "zh", "ja": "char", "ko": "char"}.get(language.split("-")[0].split("_")[0], "13a")
+        bleu_tokenizer = _default_tokenizer(language)
     bleu, chrf = BLEU(tokenize=bleu_tokenizer), CHRF()
     bleu_score = bleu.corpus_score(list(hypotheses), [list(references)]).score
     chrf_score = chrf.corpus_score(list(hypotheses), [list(references)]).score

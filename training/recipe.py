@@ -153,7 +153,7 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where 1.1 surprises: `1e-3` is a number, `no` is a word (or Norwegian), a key given twice is an error."""
+    """YAML 1.2 where 1.1 surprises: `1e-3` is a number, `no` is a word (or Norwegian); a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

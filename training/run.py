@@ -69,7 +69,7 @@ class Evaluation:
     hypotheses: list[str] = field(repr=False)
 
 
-# --- building blocks -------------------------------------------------------------------------------------------------
+# --- building blocks ---------------------------------------------------------------------------------------------
 def train_tokenizer(recipe: Recipe, examples: Sequence[tuple[Any, ...]]) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe: loaded, or trained on every text of the training examples."""
     arguments = recipe.tokenizer
@@ -112,7 +112,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Labe
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} tokens and {arguments.from_pretrained} embeds "
-                f"{model.get_input_embeddings().num_embeddings}: take that model's tokenizer (tokenizer.from_pretrained)"
+                f"{model.get_input_embeddings().num_embeddings}: set tokenizer.from_pretrained to it"
             )
         return model
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
@@ -146,6 +146,16 @@ def _prepare_tokenizer(recipe: Recipe, examples: list[tuple[Any, ...]]) -> PreTr
             train_tokenizer(recipe, examples).save_pretrained(staging)
             staging.rename(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def _warn_of_single_process(world_size: int) -> None:
+    # accelerate 1.15: `launch --cpu --num_processes 2` sets MASTER_ADDR and then starts one process (without mpirun).
+    launched = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ
+    if launched and "WORLD_SIZE" not in os.environ and world_size == 1:
+        logger.warning(
+            "accelerate launch was asked for several processes and started one: on CPUs use "
+            "`accelerate launch --multi_gpu --num_processes N` with use_cpu=true, or torchrun"
+        )
 
 
 def _resume_point(output_dir: Path, resume: bool) -> Path | None:
@@ -182,7 +192,7 @@ def _compute_metrics(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Call
     return None
 
 
-# --- train -----------------------------------------------------------------------------------------------------------
+# --- train -------------------------------------------------------------------------------------------------------
 def train(
     recipe: str | Path | Recipe,
     overrides: Iterable[str] = (),
@@ -208,6 +218,7 @@ def train(
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides, output_dir=output_dir)
     data, training = loaded.data, loaded.training
+    _warn_of_single_process(training.world_size)
     folder = Path(training.output_dir or "outputs")
     checkpoint = _resume_point(folder, resume)
     set_seed(training.seed)
@@ -312,7 +323,7 @@ def _test(recipe: Recipe, folder: Path, pairs: list[tuple[str, str]], device: to
     return score_translations(hypotheses, [target for _, target in pairs], recipe.data.target_language).to_dict()
 
 
-# --- predict and evaluate --------------------------------------------------------------------------------------------
+# --- predict and evaluate ----------------------------------------------------------------------------------------
 def _one_line(text: str) -> str:
     return " ".join(text.splitlines()).strip()
 

@@ -249,8 +249,8 @@ class UrformTrainer(Seq2SeqTrainer):
         tokens_per_batch: Budget of a global batch in padded tokens, source plus target; None uses
             `per_device_train_batch_size` examples per process.
         pool_batches: See `GlobalBatchSampler`.
-        **kwargs: As for `Seq2SeqTrainer`. With `label_smoothing_factor` the loss is `SmoothedCrossEntropy`. The training
-            dataset has a `lengths` attribute (see `EncodedDataset`), else Trainer's own sampling is used.
+        **kwargs: As for `Seq2SeqTrainer`. With `label_smoothing_factor` the loss is `SmoothedCrossEntropy`. The
+            training dataset has a `lengths` attribute (see `EncodedDataset`), else Trainer's own sampling is used.
     """
 
     def __init__(self, *, tokens_per_batch: int | None = None, pool_batches: int = 4, **kwargs: Any) -> None:
