@@ -23,7 +23,6 @@ from dataclasses import fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
-
 from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -32,7 +31,6 @@ from transformers.utils.type_validators import interval
 
 from .bundle_urform import BundledCodeMixin
 from .presets_urform import PRESETS
-
 
 logger = logging.get_logger(__name__)
 
@@ -218,6 +216,8 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         if isinstance(self.rope_parameters, dict):  # the library writes into it; the caller's dict stays as it is
             self.rope_parameters = copy.deepcopy(self.rope_parameters)
         self.is_encoder_decoder = self.architecture == "encoder-decoder"
+        if self.architecture == "encoder":  # transformers takes a config with a plan for one that generates
+            self.base_model_tp_plan = None  # the encoder's plan is on `UrformStack`
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

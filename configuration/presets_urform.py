@@ -59,7 +59,9 @@ _TINY: dict[str, Any] = {
 
 
 PRESETS: dict[str, Preset] = {
-    "vaswani-base": Preset("Vaswani et al. 2017, Attention Is All You Need, table 3, base (arXiv:1706.03762)", _VASWANI),
+    "vaswani-base": Preset(
+        "Vaswani et al. 2017, Attention Is All You Need, table 3, base (arXiv:1706.03762)", _VASWANI
+    ),
     "vaswani-big": Preset(
         "Vaswani et al. 2017, table 3, big (arXiv:1706.03762)",
         {

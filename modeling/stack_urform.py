@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import (
@@ -41,7 +40,6 @@ from .layers_urform import (
     build_norm,
     sinusoidal_positions,
 )
-
 
 register_attention()  # remote code never runs the package's __init__
 
@@ -184,6 +182,7 @@ class UrformStack(UrformPreTrainedModel):
     """Embeddings, layers and final norm: the encoder or the decoder. Use `UrformEncoder` or `UrformDecoder`."""
 
     is_decoder: bool
+    _tp_plan = {"embed_tokens": "embedding_rowwise", **UrformConfig.base_model_tp_plan}
 
     def __init__(self, config: UrformConfig):
         super().__init__(config)

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Encoding, Regex, normalizers, processors
 from transformers import BatchEncoding, TokenizersBackend
 from transformers.utils import logging
 
+from ..configuration.bundle_urform import BundledCodeMixin
 from .subword_training import (
     MODELS,
     SPACED_LETTER,
@@ -44,7 +45,7 @@ CHAT_TEMPLATE = (
 _SPACE_BEFORE = "\ufdd0"  # a noncharacter: marks a pre-split word that a space precedes
 
 
-class UrformTokenizer(TokenizersBackend):
+class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
     """Fast tokenizer for Urform, and for any model: BPE, Unigram, WordPiece, byte-level BPE or characters.
 
     Special tokens and ids: `<pad>` 0, `<s>` 1 (bos, cls), `</s>` 2 (eos, sep), `<unk>` 3, `<mask>` 4, then the
