@@ -1,0 +1,232 @@
+"""Right under padding and packing: all architectures, all attention implementations, all position encodings.
+
+The truth is always the document alone, without padding and without neighbours.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import urform
+from urform import UrformConfig
+
+ARCHITECTURES = {
+    "encoder": "UrformForMaskedLM",
+    "decoder": "UrformForCausalLM",
+    "encoder-decoder": "UrformForConditionalGeneration",
+}
+IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "urform")
+POSITIONS = ("rope", "sinusoidal", "learned", "alibi", "t5", "none")
+LENGTHS = (5, 1, 9, 3)
+TARGET_LENGTHS = (2, 7, 4, 1)
+WINDOW = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def make(architecture: str, implementation: str = "sdpa", **fields: Any) -> Any:
+    """A small random model in eval mode, every parameter non-zero."""
+    torch.manual_seed(0)
+    config = UrformConfig.from_preset(
+        f"tiny-{architecture}", hidden_size=24, num_key_value_heads=2, attention_dropout=0.0, **fields
+    )
+    config._attn_implementation = implementation
+    model = getattr(urform, ARCHITECTURES[architecture])(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3)
+    return model
+
+
+def documents(lengths: tuple[int, ...], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 99, (n,), generator=generator) for n in lengths]
+
+
+def alone(model: Any, sources: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
+    """The logits of each document by itself."""
+    out = []
+    for source, target in zip(sources, targets, strict=True):
+        extra = {"decoder_input_ids": target[None]} if model.config.is_encoder_decoder else {}
+        out.append(model(input_ids=source[None], **extra).logits[0])
+    return out
+
+
+def pad(rows: list[Tensor], side: str, longest: int | None = None) -> tuple[Tensor, Tensor]:
+    """Rows padded with a token that would change the result if it were seen; and the mask."""
+    longest = longest or max(map(len, rows))
+    ids, mask = torch.full((len(rows), longest), 7), torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        part = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+        ids[i, part], mask[i, part] = row, 1
+    return ids, mask
+
+
+CASES = [("rope", i, {}) for i in IMPLEMENTATIONS]
+CASES += [(p, i, {}) for p in POSITIONS[1:] for i in ("eager", "sdpa")]
+CASES += [("t5", "flex_attention", {}), ("alibi", "urform", {}), ("t5", "urform", {})]
+CASES += [("rope", i, WINDOW) for i in IMPLEMENTATIONS]
+CASES += [("alibi", "sdpa", WINDOW), ("rope", "eager", {"attn_logit_softcapping": 3.0})]
+
+
+def name(case: tuple[str, str, dict[str, Any]]) -> str:
+    return "-".join([case[0], case[1], *case[2]])
+
+
+def fields_of(case: tuple[str, str, dict[str, Any]], architecture: str) -> dict[str, Any]:
+    return {"position_encoding": case[0], **case[2]}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_padded_row_is_the_row_alone(architecture: str, case: tuple[str, str, dict[str, Any]]) -> None:
+    """Padding on either side of source and target, differently on the two, and beyond the longest row."""
+    model = make(architecture, case[1], **fields_of(case, architecture))
+    sources, targets = documents(LENGTHS, 1), documents(TARGET_LENGTHS, 2)
+    with torch.no_grad():
+        want = alone(model, sources, targets)
+        for source_side, target_side in (("right", "left"), ("left", "right"), ("left", "left")):
+            ids, mask = pad(sources, source_side, longest=11)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            side, longest = source_side, 11
+            if model.config.is_encoder_decoder:
+                side, longest = target_side, 8
+                target_ids, target_mask = pad(targets, target_side, longest=8)
+                inputs.update(decoder_input_ids=target_ids, decoder_attention_mask=target_mask)
+            logits = model(**inputs).logits
+            assert logits.isfinite().all()
+            for row, truth in zip(logits, want, strict=True):
+                part = row[: len(truth)] if side == "right" else row[longest - len(truth) :]
+                torch.testing.assert_close(part, truth, rtol=1e-4, atol=1e-4)
+
+
+def packed_inputs(model: Any, sources: list[Tensor], targets: list[Tensor], how: str) -> dict[str, Any]:
+    def lay(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = torch.tensor([len(row) for row in rows])
+        positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        return torch.cat(rows)[None], positions[None], ends
+
+    ids, positions, ends = lay(sources)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if how in ("position_ids", "position_ids and a mask of ones"):
+        inputs["position_ids"] = positions
+        if "ones" in how:
+            inputs["attention_mask"] = torch.ones_like(ids)
+    else:
+        longest = max(map(len, sources))
+        inputs.update(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
+    if model.config.is_encoder_decoder:
+        ids, positions, target_ends = lay(targets)
+        inputs["decoder_input_ids"] = ids
+        if "cu_seq_lens_q" in inputs:
+            inputs.update(cu_seq_lens_q=target_ends, max_length_q=max(map(len, targets)))
+        else:
+            inputs["decoder_position_ids"] = positions
+    return inputs
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_packed_documents_are_the_documents_alone(architecture: str, case: tuple[str, str, dict[str, Any]]) -> None:
+    """By `position_ids`, also beside a mask of ones and with a cache, and by `cu_seq_lens_*`."""
+    model = make(architecture, case[1], **fields_of(case, architecture))
+    sources, targets = documents(LENGTHS, 3), documents(TARGET_LENGTHS, 4)
+    with torch.no_grad():
+        want = torch.cat(alone(model, sources, targets))
+        for how in ("position_ids", "position_ids and a mask of ones", "cu_seq_lens"):
+            for use_cache in (False, True) if architecture != "encoder" else (None,):
+                inputs = packed_inputs(model, sources, targets, how)
+                if use_cache is not None:
+                    inputs["use_cache"] = use_cache
+                torch.testing.assert_close(model(**inputs).logits[0], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_several_packed_rows_with_padding(architecture: str) -> None:
+    """Two packed rows of different length in one batch: `position_ids` and a padding mask together."""
+    model = make(architecture)
+    rows = [(documents((4, 2, 5), 5), documents((3, 1, 2), 6)), (documents((3, 2, 1), 7), documents((2, 2, 4), 8))]
+    packed = [packed_inputs(model, sources, targets, "position_ids") for sources, targets in rows]
+    inputs = {}
+    for key in packed[0]:
+        inputs[key], mask = pad([p[key][0] for p in packed], "right")
+        if key in ("input_ids", "decoder_input_ids"):
+            inputs[key.replace("input_ids", "attention_mask")] = mask
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        for row, (sources, targets) in zip(logits, rows, strict=True):
+            want = torch.cat(alone(model, sources, targets))
+            torch.testing.assert_close(row[: len(want)], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if i != "flex_attention"])
+def test_fully_padded_row_leaves_finite_numbers(architecture: str, implementation: str) -> None:
+    """Values and gradients stay finite, and the other rows do not notice."""
+    model = make(architecture, implementation)
+    sources, targets = documents((4, 6), 9), documents((3, 5), 10)
+    ids, mask = pad([*sources, torch.tensor([], dtype=torch.long)], "right")
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        target_ids, target_mask = pad([*targets, torch.tensor([], dtype=torch.long)], "left")
+        inputs.update(decoder_input_ids=target_ids, decoder_attention_mask=target_mask)
+    logits = model(**inputs).logits
+    assert logits.isfinite().all()
+    logits.square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    want = alone(model, sources, targets)
+    for row, truth in zip(logits, want, strict=False):
+        part = row[-len(truth) :] if model.config.is_encoder_decoder else row[: len(truth)]
+        torch.testing.assert_close(part, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_do_not_cross_documents_or_padding(architecture: str) -> None:
+    """The loss of one document moves no embedding of another, and no embedding of padding."""
+    model = make(architecture)
+    sources, targets = documents(LENGTHS, 11), documents(TARGET_LENGTHS, 12)
+    inputs = packed_inputs(model, sources, targets, "position_ids")
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    logits = model(inputs_embeds=embeds, **inputs).logits[0]
+    lengths = TARGET_LENGTHS if model.config.is_encoder_decoder else LENGTHS
+    start = sum(lengths[:2])
+    logits[start : start + lengths[2]].square().sum().backward()
+    own = slice(sum(LENGTHS[:2]), sum(LENGTHS[:3]))
+    touched = embeds.grad[0].abs().amax(-1) > 0
+    assert touched[own].all()
+    touched[own] = False
+    assert not touched.any()
+
+
+def test_packed_sides_that_disagree_are_refused() -> None:
+    """Three targets for four sources would silently pair the wrong ones."""
+    model = make("encoder-decoder")
+    inputs = packed_inputs(model, documents(LENGTHS, 13), documents(LENGTHS[:3], 14), "position_ids")
+    with pytest.raises(ValueError, match=r"3.* targets but .*4.* sources"):
+        model(**inputs)
+    inputs = packed_inputs(model, documents(LENGTHS, 13), documents(LENGTHS, 14), "cu_seq_lens")
+    inputs = {
+        key: value.expand(2, -1) if value.ndim == 2 else value
+        for key, value in inputs.items()
+        if hasattr(value, "ndim")
+    }
+    with pytest.raises(ValueError, match="batch is 2"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_close(architecture: str, dtype: torch.dtype) -> None:
+    """Error against float64 at most twice that of eager attention in the same precision (plus rounding)."""
+    sources, targets = documents(LENGTHS, 15), documents(TARGET_LENGTHS, 16)
+    with torch.no_grad():
+        truth = torch.cat(alone(make(architecture, "eager").double(), sources, targets))
+        errors = {}
+        for implementation in ("eager", "sdpa", "urform"):
+            out = torch.cat(alone(make(architecture, implementation).to(dtype), sources, targets))
+            errors[implementation] = (out.double() - truth).abs().max().item()
+    floor = truth.abs().max().item() * torch.finfo(dtype).eps
+    assert errors["sdpa"] <= 2 * errors["eager"] + floor
+    assert errors["urform"] <= 2 * errors["eager"] + floor
+    assert errors["eager"] <= 0.05 * truth.abs().max().item()
