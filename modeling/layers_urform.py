@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -203,9 +202,12 @@ def eager_attention_forward(
         scores = softcap * torch.tanh(scores / softcap)
     if position_bias is not None:
         scores = scores + position_bias
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1).to(query.dtype)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if attention_mask is None:
+        weights = torch.softmax(scores, dim=-1).to(query.dtype)
+    else:  # a row that may attend nothing gets zeros, as in the other implementations
+        forbidden = attention_mask <= torch.finfo(attention_mask.dtype).min
+        weights = torch.softmax(scores + attention_mask, dim=-1).masked_fill(forbidden, 0.0).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_outputs import (
@@ -311,16 +311,18 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """As the library's, but the cross-attention's cache slides in no layer."""
+        given = model_kwargs.get("past_key_values") is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, EncoderDecoderCache) and "sliding_attention" in self.config.decoder_layer_types:
-            full = copy.deepcopy(self.config.get_text_config(decoder=True))
-            full.layer_types, full.sliding_window = ["full_attention"] * full.num_hidden_layers, None
-            if isinstance(cache.cross_attention_cache, StaticCache):
-                length = model_kwargs["encoder_outputs"][0].shape[1]
-                cache.cross_attention_cache = StaticCache(config=full, max_cache_len=length)
-            else:
-                cache.cross_attention_cache = DynamicCache(config=full)
+        if given or "sliding_attention" not in self.config.decoder_layer_types or cache is None:
+            return
+        if isinstance(cache.cross_attention_cache, StaticCache):
+            full = copy.deepcopy(self.config)
+            full.decoder_layer_types = ["full_attention"] * full.decoder_num_hidden_layers
+            length = model_kwargs["encoder_outputs"][0].shape[1]
+            cache.cross_attention_cache = StaticCache(config=full, max_cache_len=length)
+        else:
+            cache.cross_attention_cache = DynamicCache()
 
     @can_return_tuple
     def forward(

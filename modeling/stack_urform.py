@@ -92,7 +92,8 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
         names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in self.named_modules()}
         for plan in ("_tp_plan", "_pp_plan", "_fsdp_plan"):
             entries = getattr(self, plan) or {}
-            setattr(self, plan, {k: v for k, v in entries.items() if names.issuperset((k,) if isinstance(k, str) else k)})
+            kept = {k: v for k, v in entries.items() if names.issuperset((k,) if isinstance(k, str) else k)}
+            setattr(self, plan, kept)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -306,7 +307,7 @@ class UrformStack(UrformPreTrainedModel):
         past = cache.get_seq_length() if cache is not None else 0
         packed = kwargs.get("cu_seq_lens_q")
         if packed is not None and embeds.shape[0] != 1:
-            raise ValueError(f"cu_seq_lens describe one packed row, but the batch is {embeds.shape[0]}; pack to batch 1")
+            raise ValueError(f"cu_seq_lens describe one packed row, the batch is {embeds.shape[0]}; pack to batch 1")
         has_past = isinstance(past, Tensor) or past > 0
         documents = find_documents(embeds.shape[1], None if has_past else position_ids, mask, packed)
         if position_ids is None:
