@@ -1,0 +1,208 @@
+"""The config: round trips, presets, what it refuses and how."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+import urform
+from urform import UrformConfig, UrformForConditionalGeneration, UrformModel, list_presets
+
+
+@pytest.mark.parametrize("name", list_presets())
+def test_presets_survive_json(name: str, tmp_path: Path) -> None:
+    """Saved and loaded by AutoConfig, every field is what it was, and so is what is derived from it."""
+    config = UrformConfig.from_preset(name)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert type(again) is UrformConfig
+    have, want = again.to_dict(), config.to_dict()
+    for key in ("transformers_version", "_name_or_path"):
+        have.pop(key), want.pop(key)
+    assert have == want
+    assert again.stack_sizes(True) == config.stack_sizes(True)
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == config.architecture
+
+
+def test_presets_name_their_source() -> None:
+    """Each preset but the tiny ones says a paper or text with its year or place."""
+    for name, source in list_presets().items():
+        assert name.startswith("tiny-") or any(mark in source for mark in ("20", "founding text")), name
+    for name in ("vaswani-base", "vaswani-big", "nn-transformer", "keras-block", "bert-base", "gpt2", "t5-small"):
+        assert name in list_presets()
+
+
+def test_preset_overrides_do_not_leak() -> None:
+    """Two configs of one preset share nothing mutable."""
+    first = UrformConfig.from_preset("llama-3.2-1b")
+    first.rope_parameters["factor"] = 1.0
+    assert UrformConfig.from_preset("llama-3.2-1b").rope_parameters["factor"] == 32.0
+    mine = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10.0}
+    UrformConfig(rope_parameters=mine)
+    assert mine == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10.0}
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"hiden_size": 8}, r"no field 'hiden_size'.*did you mean 'hidden_size'"),
+    ({"flux_capacitor": 8}, r"no field 'flux_capacitor'.*8"),
+    ({"hidden_size": 30, "num_attention_heads": 4}, r"hidden_size=30.*num_attention_heads=4.*head_dim"),
+    ({"num_attention_heads": 8, "num_key_value_heads": 3}, r"num_key_value_heads=3 must divide num_attention_heads=8"),
+    ({"vocab_size": 0}, r"vocab_size=0 must be a positive"),
+    ({"hidden_act": "reluu"}, r"hidden_act='reluu' is unknown.*'relu'"),
+    ({"sliding_window": None, "layer_types": ["sliding_attention"] * 6}, r"sliding_window=None; set it"),
+    ({"layer_types": ["full_attention"]}, r"layer_types"),
+    ({"head_dim": 7}, r"head_dim=7 must be even under position_encoding='rope'"),
+    ({"position_encoding": "learned", "rope_theta": 1.0}, r"rope_theta given, but position_encoding='learned'"),
+    ({"position_encoding": "sinusoidal", "hidden_size": 21, "num_attention_heads": 3}, r"hidden_size=21 must be even"),
+    ({"architecture": "decoder", "decoder_num_hidden_layers": 3}, r"decoder_num_hidden_layers=3 is for .*use num_hid"),
+    ({"architecture": "decoder", "type_vocab_size": 2}, r"type_vocab_size=2 is for architecture='encoder'"),
+    ({"architecture": "decoder", "lm_head_transform": True}, r"lm_head_transform=True"),
+    ({"decoder_num_attention_heads": 4}, r"decoder_head_dim=128 must equal head_dim=64"),
+    ({"decoder_num_attention_heads": 7}, r"decoder_num_attention_heads=7"),
+    ({"attn_logit_softcapping": 0.0}, r"attn_logit_softcapping=0.0 must be positive"),
+    ({"position_offset": -1}, r"position_offset=-1"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
+def test_refused(fields: dict[str, Any], message: str) -> None:
+    """What cannot be is refused with the field, its value and the remedy."""
+    with pytest.raises(Exception, match=r"(?s)" + message) as caught:
+        UrformConfig(**fields)
+    assert "Error" in type(caught.value).__name__
+    assert isinstance(caught.value, ValueError) or isinstance(caught.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"hidden_size": "16"}, {"architecture": "both"}, {"hidden_dropout_prob": 1.5}, {"norm_type": "batch"}]
+)
+def test_wrong_types_and_values_are_refused_by_name(fields: dict[str, Any]) -> None:
+    """The library's own validation names the field, at construction and at assignment."""
+    (field,) = fields
+    with pytest.raises(StrictDataclassFieldValidationError, match=field):
+        UrformConfig(**fields)
+    config = UrformConfig()
+    with pytest.raises(StrictDataclassFieldValidationError, match=field):
+        setattr(config, field, fields[field])
+
+
+def test_unknown_preset_is_refused() -> None:
+    """With the nearest name."""
+    with pytest.raises(ValueError, match="did you mean 'vaswani-base'"):
+        UrformConfig.from_preset("vaswani-bas")
+
+
+def test_unknown_field_of_a_file_is_kept_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file of a newer Urform still loads; nothing is dropped silently."""
+    UrformConfig().save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    data["from_the_future"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    import logging
+
+    logger = logging.getLogger("transformers")
+    logger.propagate, before = True, logger.propagate
+    try:
+        config = UrformConfig.from_pretrained(tmp_path)
+    finally:
+        logger.propagate = before
+    assert config.from_the_future == 3
+
+
+def test_decoder_sizes_reach_the_caches() -> None:
+    """Transformers sizes caches by the decoder's view of the config."""
+    config = UrformConfig.from_preset("tiny-encoder-decoder", decoder_num_hidden_layers=3, decoder_intermediate_size=8)
+    view = config.get_text_config(decoder=True)
+    assert (view.num_hidden_layers, view.intermediate_size, len(view.layer_types)) == (3, 8, 3)
+    assert (config.num_hidden_layers, config.get_text_config().num_hidden_layers) == (2, 2)
+    alike = UrformConfig.from_preset("tiny-encoder-decoder")
+    assert alike.get_text_config(decoder=True) is alike
+
+
+HEADS = [name for name in urform.__all__ if name.startswith("UrformFor") or name == "UrformEncoderModel"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("architecture", ["encoder", "decoder", "encoder-decoder"])
+def test_heads_refuse_what_they_cannot_serve(head: str, architecture: str) -> None:
+    """The error names the head, the config's architecture and the ones that can."""
+    cls = getattr(urform, head)
+    config = UrformConfig.from_preset(f"tiny-{architecture}")
+    if architecture in cls._architectures:
+        cls(config)
+        return
+    with pytest.raises(ValueError) as caught:
+        cls(config)
+    for part in (head, repr(architecture), *map(repr, cls._architectures)):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("share", "tie", "distinct"), [(True, True, 1), (True, False, 2), (False, True, 2), (False, False, 3)]
+)
+def test_tied_tables(share: bool, tie: bool, distinct: int, tmp_path: Path) -> None:
+    """Two- and three-way tying, in memory and after save and load through safetensors, bit for bit."""
+    config = UrformConfig.from_preset("tiny-encoder-decoder", share_embeddings=share, tie_word_embeddings=tie)
+    model = UrformForConditionalGeneration(config).eval()
+
+    def tables(m: Any) -> set[int]:
+        return {
+            t.data_ptr()
+            for t in (m.model.encoder.embed_tokens.weight, m.model.decoder.embed_tokens.weight, m.lm_head.weight)
+        }
+
+    assert len(tables(model)) == distinct
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert len(tables(again)) == distinct
+    state = again.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_decoder_head_tied_to_its_own_table() -> None:
+    """Without sharing, the output projection is the decoder's table: gradients reach it from both places."""
+    config = UrformConfig.from_preset("tiny-encoder-decoder", share_embeddings=False)
+    model = UrformForConditionalGeneration(config)
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    assert model.lm_head.weight is not model.model.encoder.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("initializer", "expected"),
+    [
+        ("normal", {"embed": 0.02, "q": 0.02, "o": 0.02, "down": 0.02}),
+        ("gpt2", {"embed": 0.02, "q": 0.02, "o": 0.02 / 8**0.5, "down": 0.02 / 8**0.5}),
+        ("xavier", {"embed": 128**-0.5, "q": (2 / 256) ** 0.5, "o": (2 / 256) ** 0.5, "down": (2 / 640) ** 0.5}),
+        ("t5", {"embed": 1.0, "q": (128 * 32) ** -0.5, "o": 128**-0.5, "down": 512**-0.5}),
+    ],
+)
+def test_initial_weights(initializer: str, expected: dict[str, float]) -> None:
+    """Standard deviations by the papers' formulas, also from the meta device; norms and biases at rest."""
+    config = UrformConfig(
+        architecture="decoder",
+        vocab_size=500,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        initializer=initializer,
+        norm_offset=1.0 if initializer == "gpt2" else 0.0,
+    )
+    torch.manual_seed(0)
+    model = UrformModel(config)
+    layer = model.decoder.layers[1]
+    have = {
+        "embed": model.decoder.embed_tokens.weight[1:],
+        "q": layer.self_attn.q_proj.weight,
+        "o": layer.self_attn.o_proj.weight,
+        "down": layer.mlp.down_proj.weight,
+    }
+    for name, weight in have.items():
+        assert weight.std().item() == pytest.approx(expected[name], rel=0.03), name
+    assert model.decoder.embed_tokens.weight[config.pad_token_id].abs().sum() == 0
+    assert torch.equal(layer.mlp_norm.weight, torch.full((128,), 1.0 - config.norm_offset))
+    assert layer.self_attn.q_proj.bias.abs().sum() == 0
