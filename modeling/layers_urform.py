@@ -185,7 +185,7 @@ def eager_attention_forward(
         query: `[B, H, L, D]`.
         key: `[B, G, S, D]`.
         value: `[B, G, S, D]`.
-        attention_mask: additive `[B, 1, L, S]` or None.
+        attention_mask: `[B, 1, L, S]`, additive or bool (True attends), or None.
         scaling: factor on the scores.
         dropout: probability of dropping an attention weight.
         softcap: `softcap * tanh(score / softcap)` before mask and bias.
@@ -206,6 +206,8 @@ def eager_attention_forward(
     if attention_mask is None:
         weights = torch.softmax(scores, dim=-1).to(query.dtype)
     else:  # a row that may attend nothing gets zeros, as in the other implementations
+        if attention_mask.dtype == torch.bool:
+            attention_mask = torch.where(attention_mask, 0.0, torch.finfo(scores.dtype).min)
         forbidden = attention_mask <= torch.finfo(attention_mask.dtype).min
         weights = torch.softmax(scores + attention_mask, dim=-1).masked_fill(forbidden, 0.0).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
