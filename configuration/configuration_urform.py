@@ -120,6 +120,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
             N(0, 1/hidden_size)), `"gpt2"` (normal, residual outputs divided by sqrt(2 * layers); Radford et al. 2019)
             or `"t5"` (fan-in scaled; Raffel et al. 2020).
         initializer_range: Standard deviation for `"normal"` and `"gpt2"`.
+        decoder_start_token_id: What the decoder's input begins with. None: the eos token, as in fairseq.
 
     Raises:
         ValueError: A field that does not exist, or fields that do not go together; the message says which and what
@@ -252,11 +253,11 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
             same = self.decoder_num_hidden_layers == self.num_hidden_layers
             types = self.layer_types if same else ["full_attention"] * self.decoder_num_hidden_layers
             self.decoder_layer_types = list(types)
-        if self.decoder_start_token_id is None:
-            self.decoder_start_token_id = self.bos_token_id
+        if self.decoder_start_token_id is None:  # as fairseq and BART: labels may begin with bos themselves
+            self.decoder_start_token_id = self.eos_token_id if isinstance(self.eos_token_id, int) else self.bos_token_id
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        """A field that does not exist is an error from a caller, and a warning from a saved file (of a newer Urform?)."""
+        """A field that does not exist is an error from a caller, a warning from a saved file (of a newer Urform?)."""
         generation = GenerationConfig._get_default_generation_params()
         known = {field.name for field in fields(self)}
         unknown = [k for k in kwargs if not k.startswith("_") and k not in _LIBRARY_KEYS and k not in generation]

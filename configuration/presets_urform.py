@@ -1,5 +1,5 @@
 # Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
-"""Named Transformers as data: name -> the fields that differ from `UrformConfig`'s defaults, and where they are from."""
+"""Named Transformers as data: name -> the fields that differ from `UrformConfig`'s defaults, and their source."""
 
 from typing import Any, NamedTuple
 

@@ -169,7 +169,7 @@ def test_language_tags(model: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         tokenizer("bake", text_target=3)
     batch = tokenizer("bake milo", text_target="bake milo")
-    assert (batch["input_ids"], batch["labels"]) == ([1, 6, *bare, 2], [1, *bare, 2])
+    assert (batch["input_ids"], batch["labels"]) == ([1, 6, *bare, 2], [*bare, 2])
     tokenizer.save_pretrained(tmp_path)
     loaded = UrformTokenizer.from_pretrained(tmp_path)
     assert loaded.tgt_lang == "zh"
@@ -381,3 +381,16 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("gut\nüber".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt, line 2: not UTF-8"):
         UrformTokenizer.train(files=tmp_path / "latin.txt")
+
+
+def test_targets_begin_without_bos(tmp_path: Path) -> None:
+    """The decoder's start token stands there; sources keep theirs, also after saving in between."""
+    tokenizer = UrformTokenizer.train(["a b c", "c b a"] * 3, vocab_size=300)
+    for add_bos in (True, False):
+        tokenizer.add_bos_token = add_bos
+        for _ in range(2):
+            batch = tokenizer("a b", text_target="a b")
+            assert batch["labels"] == tokenizer("a b", add_special_tokens=False)["input_ids"] + [2]
+            assert batch["input_ids"] == ([1] if add_bos else []) + batch["labels"]
+        tokenizer.save_pretrained(tmp_path)
+        assert UrformTokenizer.from_pretrained(tmp_path)("a b", text_target="a b").data == batch.data

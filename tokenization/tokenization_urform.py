@@ -264,10 +264,13 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         return template is not None and token_id in template.process(Encoding()).ids
 
     def update_post_processor(self) -> None:
-        """Rebuilds the template that adds bos, language tag and eos: `<s> <2de> A </s>`, `<s> <2de> A </s> B </s>`."""
+        """Rebuilds the template that adds bos, language tag and eos: `<s> <2de> A </s>`, `<s> <2de> A </s> B </s>`.
+
+        Targets (`text_target`) are `A </s>`: the decoder's start token takes the place of what comes first.
+        """
         add_bos, add_eos = self.add_bos_token, self.add_eos_token
-        tag = f"<2{self.tgt_lang}>" if self.tgt_lang and not self._target_mode else None
-        before = [token for token in (self.bos_token if add_bos else None, tag) if token]
+        tag = f"<2{self.tgt_lang}>" if self.tgt_lang else None
+        before = [token for token in (self.bos_token if add_bos else None, tag) if token and not self._target_mode]
         after = [self.eos_token] if add_eos and self.eos_token else []
         self._tokenizer.post_processor = processors.TemplateProcessing(
             single=[*before, "$A", *after],
@@ -281,9 +284,9 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
             self.update_post_processor()
 
     def _switch_to_target_mode(self) -> None:
-        if self.tgt_lang:
-            self._target_mode = True
-            self.update_post_processor()
+        self.init_kwargs["add_bos_token"] = self.add_bos_token  # the targets' template no longer shows it
+        self._target_mode = True
+        self.update_post_processor()
 
     def _encode_plus(  # type: ignore[override]
         self, text: Any, text_pair: Any = None, is_split_into_words: bool = False, **kwargs: Any
