@@ -134,6 +134,7 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
             own = decoder.embed_tokens
             if own.num_embeddings != embeddings.num_embeddings:
                 decoder.embed_tokens = self._get_resized_embeddings(own, embeddings.num_embeddings)
+                self.tie_weights()  # an output projection tied to it follows with its bias
         return embeddings
 
 
@@ -220,10 +221,10 @@ class UrformStack(UrformPreTrainedModel):
         if inputs_embeds is None:
             self._check_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
-        elif inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+        elif inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size or 0 in inputs_embeds.shape:
             raise ValueError(
-                f"inputs_embeds must be [batch, length, hidden_size={self.config.hidden_size}], "
-                f"got {list(inputs_embeds.shape)}"
+                f"inputs_embeds must be [batch, length, hidden_size={self.config.hidden_size}] with at least one "
+                f"token, got {list(inputs_embeds.shape)}"
             )
         if self.embed_token_types is not None:
             if token_type_ids is None:
