@@ -93,7 +93,8 @@ def test_right_padded_sources_are_the_plain_loop(position: str) -> None:
 def test_left_padded_target_prompt_is_the_prompt_alone(position: str) -> None:
     model = build("encoder-decoder", position)
     source = torch.randint(3, 99, (2, 6))
-    prompt = torch.tensor([[0, 0, 1, 7], [1, 5, 6, 8]])
+    start = model.config.decoder_start_token_id
+    prompt = torch.tensor([[0, 0, start, 7], [start, 5, 6, 8]])
     found = model.generate(source, decoder_input_ids=prompt, decoder_attention_mask=(prompt != 0).long(), **GREEDY)
     alone = model.generate(source[:1], decoder_input_ids=prompt[:1, 2:], **GREEDY)
     assert torch.equal(found[:1, -NEW:], alone[:, -NEW:])
