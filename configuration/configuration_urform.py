@@ -218,7 +218,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
             self.rope_parameters = copy.deepcopy(self.rope_parameters)
         self.is_encoder_decoder = self.architecture == "encoder-decoder"
         if self.architecture == "encoder":  # transformers takes a config with a plan for one that generates
-            self.base_model_tp_plan = None  # the encoder's plan is on `UrformStack`
+            self.base_model_tp_plan = None  # type: ignore[misc]  # the encoder's plan is on `UrformStack`
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

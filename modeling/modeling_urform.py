@@ -160,7 +160,7 @@ class UrformModel(UrformPreTrainedModel):
         self,
         source: dict[str, Any],
         target: dict[str, Any],
-        encoder_outputs: ModelOutput | tuple | None,
+        encoder_outputs: Any,
         **kwargs: Any,
     ) -> Seq2SeqModelOutput:
         for side, letter in ((target, "q"), (source, "k")):  # each stack attends to itself: its queries are its keys
