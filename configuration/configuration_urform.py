@@ -271,6 +271,12 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """As the library's, for RoPE only; rotary settings beside another position encoding are refused."""
+        if self.position_encoding == "rope" and self.rope_is_per_layer_type:  # transformers 5.17 expects the flat form
+            theta = kwargs.pop("rope_theta", self.default_theta)
+            for parameters in self.rope_parameters.values():
+                parameters.setdefault("rope_theta", theta)
+            self.standardize_rope_params()
+            return kwargs
         if self.position_encoding == "rope":
             return super().convert_rope_params_to_dict(**kwargs)
         given = [k for k in ("rope_theta", "rope_scaling", "partial_rotary_factor") if kwargs.get(k) is not None]
