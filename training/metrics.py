@@ -2,14 +2,11 @@
 
 Published results on Multi30k are nearly always BLEU on text that was lower-cased, had its punctuation normalised and
 was tokenized by the Moses scripts (`*.lc.norm.tok.*`), not sacreBLEU on raw text. `tokenized_lowercased_bleu` computes
-that number: with sacremoses (a port of those scripts) where it is installed, else with sacreBLEU's own "13a" tokenizer,
-which splits the same punctuation but knows no German abbreviations; the result says which of them was used. Chinese,
-Japanese and Korean are tokenized as sacreBLEU does.
+that number with sacremoses, a port of those scripts. Chinese, Japanese and Korean are tokenized as sacreBLEU does.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,14 +53,6 @@ def _moses(language: str) -> tuple[Callable[[str], str], str]:
     )
 
 
-def _thirteen_a() -> tuple[Callable[[str], str], str]:
-    import sacrebleu
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-
-    tokenizer = Tokenizer13a()
-    return lambda text: tokenizer(text.lower()), f"13a (sacrebleu {sacrebleu.__version__})"
-
-
 def _default_tokenizer(language: str) -> str:
     return {"zh": "zh", "ja": "char", "ko": "char"}.get(language.split("-")[0].split("_")[0], "13a")
 
@@ -83,7 +72,7 @@ def tokenized_lowercased_bleu(
     if (sacrebleu_name := _default_tokenizer(language)) != "13a":
         score = BLEU(tokenize=sacrebleu_name, lowercase=True).corpus_score(list(hypotheses), [list(references)]).score
         return score, f"{sacrebleu_name} (sacrebleu)"
-    tokenize, name = _moses(language) if importlib.util.find_spec("sacremoses") else _thirteen_a()
+    tokenize, name = _moses(language)
     metric = BLEU(tokenize="none", force=True)
     score = metric.corpus_score([tokenize(h) for h in hypotheses], [[tokenize(r) for r in references]]).score
     return score, name
