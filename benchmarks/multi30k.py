@@ -2,7 +2,8 @@
 
     python benchmarks/multi30k.py --data-dir /path/to/multi30k [--output-dir outputs/multi30k] [key=value ...]
 
-writes a row to `benchmarks/results/multi30k-en-de.jsonl`: scores, signature, CPU minutes, device, versions, commit, curve. Without --data-dir, and with no finished run in --output-dir, it says so and does nothing.
+writes a row to `benchmarks/results/multi30k-en-de.jsonl`: scores, signature, CPU minutes, device, versions, commit and
+curve. Without --data-dir, and with no finished run in --output-dir, it says so and does nothing.
 """
 
 import argparse
