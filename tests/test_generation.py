@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
@@ -103,6 +105,8 @@ def test_left_padded_target_prompt_is_the_prompt_alone(position: str) -> None:
 @every_kind
 @every_position
 def test_speculation_keeps_the_greedy_tokens(kind: str, position: str) -> None:
+    if kind == "decoder" and "sliding" in position and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("transformers 5.17 raises in assisted generation over sliding caches, for its own Gemma 2 too")
     model, assistant = build(kind, position), build(kind, position)
     with torch.no_grad():
         for parameter in assistant.parameters():
