@@ -586,3 +586,11 @@ def test_two_processes_follow_the_curve_of_one(tmp_path: Path, by_tokens: bool) 
     assert max(abs(curve[step] - other[step]) for step in curve) < 1e-5
     assert curve[30] < curve[1]
     assert run_module.last_complete_checkpoint(tmp_path / "two") is None
+
+
+def test_recipe_in_bfloat16_runs_without_an_accelerator(tmp_path: Path) -> None:
+    """Transformers wants to be told `use_cpu` then; the saved recipe stays fit for a GPU."""
+    recipe = load_recipe("multi30k-en-de", ["bf16=true"], output_dir=tmp_path)
+    assert recipe.training.use_cpu is not torch.accelerator.is_available()
+    assert "use_cpu" not in recipe.raw["training"]
+    assert load_recipe("multi30k-en-de", ["bf16=false", "use_cpu=true"], output_dir=tmp_path).training.use_cpu

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import torch
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
@@ -289,7 +290,10 @@ def load_recipe(
     if output_dir is not None:
         training["output_dir"] = str(output_dir)
     training.setdefault("output_dir", f"outputs/{Path(recipe).stem}")
-    parsed = {section: _parse_section(section, values.get(section, {}), where) for section in _SECTIONS}
+    settings = dict(values)
+    if not torch.accelerator.is_available():  # else transformers refuses bf16; not kept with the recipe
+        settings["training"] = {"use_cpu": True, **training}
+    parsed = {section: _parse_section(section, settings.get(section, {}), where) for section in _SECTIONS}
     result = Recipe(**parsed, raw=values)
     keep = result.training.save_total_limit
     if keep is not None and keep < result.run.average_last:
