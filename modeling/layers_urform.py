@@ -1,5 +1,5 @@
 # Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
-"""The parts of the Transformer: norms, positions, attention, feed-forward, block.
+"""The parts of the Transformer: norms, positions, attention, feed-forward, block; and what heads are made of.
 
 One `UrformAttention`, one `UrformMLP` and one `UrformLayer` serve encoder, decoder and encoder-decoder. They read
 their axes from the config and know nothing of padding: masks and biases come from the stack.
@@ -394,3 +394,66 @@ class UrformLayer(GradientCheckpointingLayer):
 
     def _drop(self, hidden: Tensor) -> Tensor:
         return nn.functional.dropout(hidden, p=self.dropout, training=self.training)
+
+
+class UrformLMTransform(nn.Module):
+    """Dense, activation and norm before the output projection (BERT's MLM head; Devlin et al. 2019)."""
+
+    def __init__(self, config: UrformConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.norm = build_norm(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.act_fn(self.dense(hidden)))
+
+
+class UrformClassifier(nn.Module):
+    """Dropout, dense and activation (if the config has one), dropout, output."""
+
+    def __init__(self, config: UrformConfig, num_labels: int, dense: bool = True):
+        super().__init__()
+        rate = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
+        self.dense = None
+        if dense and config.classifier_activation is not None:
+            self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+            self.act_fn = ACT2FN[config.classifier_activation]
+        self.out_proj = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.dense is not None:
+            hidden = self.act_fn(self.dense(self.dropout(hidden)))
+        return self.out_proj(self.dropout(hidden))
+
+
+def keep_logits(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The positions whose logits are asked for: the last n (0: all), or those of an index or boolean tensor."""
+    if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 2:
+        if logits_to_keep.dtype == torch.bool:
+            return hidden[logits_to_keep]
+        return torch.take_along_dim(hidden, logits_to_keep[..., None], dim=1)
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    return hidden[:, logits_to_keep]
+
+
+def real_tokens(hidden: Tensor, ids: Tensor | None, mask: Tensor | None, pad: int | None) -> Tensor:
+    """Which tokens are real, bool `[B, L]`: by the mask, else by the pad token, else all."""
+    if mask is not None and mask.ndim == 2:
+        return mask.to(hidden.device).bool()
+    if ids is not None and pad is not None:
+        return (ids != pad).to(hidden.device)
+    return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+
+
+def pool(hidden: Tensor, real: Tensor, config: UrformConfig) -> Tensor:
+    """The first real token's state, the last one's, or the mean over real ones: `[B, L, E]` to `[B, E]`."""
+    how = config.classifier_pooling or ("first" if config.architecture == "encoder" else "last")
+    if how == "mean":
+        weights = real.to(hidden.dtype)[..., None]
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    place = (places * real).amax(1) if how == "last" else real.long().argmax(1)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), place]
