@@ -1,6 +1,7 @@
 """The config: round trips, presets, what it refuses and how."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,6 @@ def test_unknown_field_of_a_file_is_kept_with_a_warning(tmp_path: Path, caplog: 
     data = json.loads((tmp_path / "config.json").read_text())
     data["from_the_future"] = 3
     (tmp_path / "config.json").write_text(json.dumps(data))
-    import logging
-
     logger = logging.getLogger("transformers")
     logger.propagate, before = True, logger.propagate
     try:
@@ -111,6 +110,7 @@ def test_unknown_field_of_a_file_is_kept_with_a_warning(tmp_path: Path, caplog: 
     finally:
         logger.propagate = before
     assert config.from_the_future == 3
+    assert "no field from_the_future" in caplog.text
 
 
 def test_decoder_sizes_reach_the_caches() -> None:
