@@ -41,6 +41,8 @@ def urform_attention_forward(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    q_layout: Layout | None = None,
+    kv_layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Serve transformers' attention interface.
@@ -63,6 +65,10 @@ def urform_attention_forward(
         cu_seq_lens_k: the same for the keys; None: as the queries.
         max_length_q: upper bound on the packed queries' lengths.
         max_length_k: the same for the keys.
+        q_layout: where the queries' sequences are, from a model that knows (Urform's own); packed ones sit in one row,
+            `[1, H, N, D]`. Then causality is the module's, the window and a bias object the arguments', and neither
+            `attention_mask` nor `cu_seq_lens_*` may come.
+        kv_layout: where the keys' sequences are; None: as the queries.
         kwargs: what other implementations read; ignored, but for what cannot be ignored with a right result.
 
     Returns:
@@ -84,7 +90,17 @@ def urform_attention_forward(
             "set the attribute on the module or pass is_causal"
         )
     causal = attention_mask is None and bool(is_causal)
-    q_layout = kv_layout = None
+    if q_layout is not None:
+        if attention_mask is not None or cu_seq_lens_q is not None:
+            raise ValueError("q_layout says where all tokens are; drop attention_mask and cu_seq_lens_q")
+        out = _with_layouts(
+            query, key, value, q_layout, q_layout if kv_layout is None else kv_layout, causal=causal,
+            window=_window(sliding_window), position_bias=position_bias, softcap=softcap, scale=scaling,
+            dropout_p=dropout,
+        )  # fmt: skip
+        return out, None
+    if kv_layout is not None:
+        raise ValueError("kv_layout came without q_layout; pass both, or q_layout alone for self-attention")
     if cu_seq_lens_q is not None:
         if key.shape[0] != 1:
             raise ValueError(f"cu_seq_lens_q packs all sequences in one row, but the batch is {key.shape[0]}")
@@ -145,6 +161,31 @@ def register_attention() -> None:
     """Register function and mask function as `attn_implementation="urform"`; calling it again changes nothing."""
     AttentionInterface.register(NAME, urform_attention_forward)
     AttentionMaskInterface.register(NAME, urform_mask)
+
+
+def _window(sliding_window: int | None) -> tuple[int, int] | None:
+    """Read transformers' count of keys, the query's own included, as distances."""
+    return None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+
+
+def _with_layouts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_layout: Layout,
+    kv_layout: Layout,
+    *,
+    position_bias: Tensor | Bias | None,
+    **options: Any,
+) -> Tensor:
+    """Call `attention()` on `[B, H, L, D]`, of which a packed layout takes the only row; give `[B, L, H, D]`."""
+    q, k, v = (
+        x.transpose(1, 2) if not layout.is_packed else x[0].transpose(0, 1)
+        for x, layout in ((query, q_layout), (key, kv_layout), (value, kv_layout))
+    )
+    bias = DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias
+    out = cast(Tensor, attention(q, k, v, q_layout=q_layout, kv_layout=kv_layout, bias=bias, seed=None, **options))
+    return (out[None] if q_layout.is_packed else out).contiguous()
 
 
 def _same_document(q_layout: Layout, kv_layout: Layout, causal: bool) -> Tensor:

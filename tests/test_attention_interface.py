@@ -30,6 +30,8 @@ from transformers import (
 
 from urform.modeling.attention_interface import register_attention, urform_attention_forward, urform_mask
 from urform.modeling.kernels.attention_biases import ALiBi
+from urform.modeling.kernels.attention_dispatch import attention
+from urform.modeling.kernels.attention_layouts import Layout
 
 COMMON: dict[str, Any] = dict(
     vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
@@ -230,6 +232,34 @@ def test_packed_cross_attention_and_bias_objects() -> None:
         torch.testing.assert_close(packed[:, a:b], alone)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_layouts_from_a_model_that_knows(causal: bool) -> None:
+    module, bias = Module(), ALiBi(torch.tensor([0.5, 0.2, 0.1, 0.7]))
+    module.is_causal = causal
+    q, k = heads(1, 4, 5, 8), heads(1, 2, 9, 8)
+    q_layout, kv_layout = Layout.packed(torch.tensor([0, 2, 5])), Layout.packed(torch.tensor([0, 6, 9]))
+    call: dict[str, Any] = dict(sliding_window=3, softcap=4.0, scaling=0.3)
+    packed, _ = urform_attention_forward(
+        module, q, k, k, None, position_bias=bias, q_layout=q_layout, kv_layout=kv_layout, **call
+    )
+    q_pad, k_pad = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 6, 8)
+    q_pad[0, :, :2], q_pad[1], k_pad[0], k_pad[1, :, :3] = q[0, :, :2], q[0, :, 2:], k[0, :, :6], k[0, :, 6:]
+    layouts = dict(
+        q_layout=Layout.padded(torch.tensor([[1, 1, 0], [1, 1, 1]])),
+        kv_layout=Layout.padded(torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])),
+    )
+    padded, _ = urform_attention_forward(module, q_pad, k_pad, k_pad, None, position_bias=bias, **layouts, **call)
+    assert packed.shape == (1, 5, 4, 8) and packed.is_contiguous()
+    torch.testing.assert_close(torch.cat([padded[0, :2], padded[1]])[None], packed)
+    for (a, b), (c, d) in zip(((0, 2), (2, 5)), ((0, 6), (6, 9)), strict=True):
+        keys = k[:, :, c:d].transpose(1, 2)
+        alone = attention(
+            q[:, :, a:b].transpose(1, 2), keys, keys, causal=causal, window=(2, 2), bias=bias, softcap=4.0, scale=0.3,
+            backend="reference",
+        )  # fmt: skip
+        torch.testing.assert_close(packed[:, a:b], alone)
+
+
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_cu_seq_lens_beside_a_mask_or_a_bias_tensor(causal: bool, with_mask: bool) -> None:
@@ -256,6 +286,8 @@ def test_cu_seq_lens_beside_a_mask_or_a_bias_tensor(causal: bool, with_mask: boo
         ({"cache": object()}, ["cache"]),
         ({"cu_seq_lens_q": torch.tensor([0, 5])}, ["cu_seq_lens_q", "batch is 2"]),
         ({"attention_mask": torch.ones(1, 1, 5, 5) > 0, "position_bias": ALiBi(torch.ones(4))}, ["ALiBi", "dense"]),
+        ({"q_layout": Layout.full(2, 5), "attention_mask": torch.ones(1, 1, 5, 5) > 0}, ["q_layout", "attention_mask"]),
+        ({"kv_layout": Layout.full(2, 5)}, ["kv_layout", "q_layout"]),
         ({"module": nn.Linear(1, 1)}, ["Linear", "is_causal"]),
         ({"attention_mask": torch.ones(1, 1, 5, 9) > 0}, ["5, 9", "[2, 4, 5, 5]"]),
     ],
