@@ -1,0 +1,359 @@
+"""What the benchmark scripts share: contenders timed in turn, statistics, peak memory, a table, a row with the machine.
+
+A script describes each of its cases by a configuration (a dict), by contenders (ours and the named peers, each with its
+variants) and by the work that one call does; `Bench.compare` does the rest:
+
+- all contenders run in one process, one call each per round, and the order is rotated from round to round, so that
+  what slows the machine down for a while slows them all;
+- warm-up calls come first; a call shorter than 20 ms is repeated inside its sample until the sample is that long;
+- a sample is a duration; reported are median, p10 and p90 of the samples, and of the ratios inside each round;
+- a side's best variant (the lowest median) stands for the side: ours in its best precision against theirs;
+- a peer that fails is reported with its error; ours that fails ends the script.
+
+Run by itself this file does nothing.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+OURS = "urform"
+SHORTEST_SAMPLE = 0.02  # seconds
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "sve", "bf16")
+PACKAGES = ("torch", "transformers", "triton", "urform")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the work.
+
+    Attributes:
+        side: "urform", or the peer's name.
+        variant: what tells the side's ways apart, as "bf16"; may be empty.
+        run: called with the number of the round (0, 1, ...), so that every contender can take the same batch in it.
+    """
+
+    side: str
+    variant: str
+    run: Callable[[int], object]
+
+    @property
+    def name(self) -> str:
+        return f"{self.side} {self.variant}".strip()
+
+
+def arguments(doc: str | None, *, repeats: int, sizes: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Make a parser with the options that all scripts have; `sizes` are the configurations' names."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="of torch; default 2 on the CPU, torch's own with --device cuda")
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds that are timed (default %(default)s)")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before them (default %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"configurations: {', '.join(sizes)}; or a part")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, for tests: the numbers mean nothing")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the ratios (needs matplotlib)")
+    parser.add_argument("--no-record", action="store_true", help="do not append rows to benchmarks/results/")
+    return parser
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    return torch.tensor(list(samples), dtype=torch.float64).quantile(share).item()
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """Give median, p10, p90 and number of the samples."""
+    shares = {"median": 0.5, "p10": 0.1, "p90": 0.9}
+    return {**{name: percentile(samples, share) for name, share in shares.items()}, "n": len(samples)}
+
+
+def time_call(function: Callable[[int], object], round_: int, calls: int, device: str) -> float:
+    """Give the seconds of one call, averaged over `calls`; on CUDA from idle to idle."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function(round_)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def peak_bytes(function: Callable[[int], object], device: str) -> int:
+    """Give the most bytes that tensors hold at once during `function(0)`, beyond those held before it.
+
+    CUDA: the caching allocator's `max_memory_allocated`. CPU: the running sum of the profiler's memory events, that is
+    of every allocation and release by PyTorch's CPU allocator, temporaries inside kernels included; memory that oneDNN
+    and MKL take for themselves is not in it.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function(0)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function(0)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def cpu_info() -> dict[str, Any]:
+    """Give the CPU's model, its number of cores and those of its features that matter here."""
+    path = Path("/proc/cpuinfo")
+    fields = [line.partition(":")[::2] for line in path.read_text().splitlines()] if path.exists() else []
+    known = {name.strip(): value.strip() for name, value in reversed(fields)}  # of the first core
+    flags = known.get("flags", known.get("Features", "")).split()
+    return {
+        "cpu": known.get("model name", platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "flags": [flag for flag in CPU_FLAGS if flag in flags],
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Say on what and with what a row was measured."""
+    gpu = {}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "gpu": properties.name,
+            "gpu_capability": f"{properties.major}.{properties.minor}",
+            "gpu_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        versions[package] = metadata.version(package) if importlib.util.find_spec(package) else None
+    versions["torch"] = torch.__version__  # with the build's suffix
+    return {"device": {"kind": device, **cpu_info(), **gpu}, "threads": torch.get_num_threads(), "versions": versions}
+
+
+def git_state() -> dict[str, Any]:
+    """Give the commit and whether tracked files differ from it (results apart); None without git."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return {"commit": git("rev-parse", "--short", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+class Bench:
+    """A run of one script: sets the machine up, compares contenders, shows and records.
+
+    Args:
+        script: the script's name; rows go to `benchmarks/results/<script>.jsonl`.
+        options: from a parser made by `arguments`.
+        argv: the command line, for the rows.
+    """
+
+    def __init__(self, script: str, options: argparse.Namespace, argv: Sequence[str] | None = None):
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit("--device cuda: torch finds no CUDA device here; use --device cpu")
+        if options.plot and importlib.util.find_spec("matplotlib") is None:
+            raise SystemExit("--plot needs matplotlib, which is not installed; pip install 'urform[bench]'")
+        if options.repeats < 1 or options.warmup < 1:
+            raise SystemExit(f"--repeats {options.repeats} --warmup {options.warmup}: both must be at least 1")
+        if options.threads or options.device == "cpu":
+            torch.set_num_threads(options.threads or 2)
+        torch.manual_seed(0)
+        self.script, self.options, self.device = script, options, options.device
+        self.command = shlex.join(["python", f"benchmarks/{script}.py", *(sys.argv[1:] if argv is None else argv)])
+        self.rows: list[dict[str, Any]] = []
+        self.results = RESULTS / f"{script}.jsonl"
+        self.machine = machine(self.device)
+        about = self.machine["device"]
+        flags = " ".join(about["flags"])
+        print(f"{self.script}: {about.get('gpu', about['cpu'])} ({flags}), {self.machine['threads']} threads")
+
+    def wants(self, name: str) -> bool:
+        """Say whether `--only` keeps the configuration of that name."""
+        return not self.options.only or any(part in name for part in self.options.only)
+
+    def compare(
+        self,
+        name: str,
+        configuration: Mapping[str, Any],
+        contenders: Sequence[Contender],
+        *,
+        work: Callable[[int], float] | None = None,
+        unit: str = "tokens",
+        memory: bool = False,
+    ) -> dict[str, Any]:
+        """Time the contenders in turn; print a table; append a row.
+
+        Args:
+            name: of the configuration, as `--only` takes it.
+            configuration: what was run, for the row.
+            contenders: ours (side "urform") and the peers.
+            work: how much work (in `unit`) the given round's call does; gives rates.
+            unit: of the work.
+            memory: whether to measure each contender's peak memory too (one more call, untimed).
+
+        Returns:
+            The row, as it is recorded.
+        """
+        errors: dict[str, str] = {}
+        calls: dict[str, int] = {}
+        alive = []
+        for contender in contenders:
+            try:
+                seconds = [time_call(contender.run, i, 1, self.device) for i in range(self.options.warmup)]
+            except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:  # OutOfMemoryError is Runtime
+                if contender.side == OURS:
+                    raise
+                errors[contender.name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+                continue
+            alive.append(contender)
+            calls[contender.name] = min(max(1, round(SHORTEST_SAMPLE / max(seconds[-1], 1e-6))), 1000)
+        samples: dict[str, list[float]] = {contender.name: [] for contender in alive}
+        for round_ in range(self.options.repeats):
+            turn = round_ % max(len(alive), 1)
+            for contender in alive[turn:] + alive[:turn]:
+                samples[contender.name].append(time_call(contender.run, round_, calls[contender.name], self.device))
+        amounts = [work(i) for i in range(self.options.repeats)] if work else None
+        measured = {}
+        for contender in alive:
+            seconds = samples[contender.name]
+            entry: dict[str, Any] = {
+                "side": contender.side,
+                "calls": calls[contender.name],
+                "seconds": summary(seconds),
+            }
+            if amounts:
+                rates = [amount / second for amount, second in zip(amounts, seconds, strict=True)]
+                entry["rate"] = {**summary(rates), "overall": sum(amounts) / sum(seconds)}
+            if memory:
+                entry["peak_bytes"] = peak_bytes(contender.run, self.device)
+            measured[contender.name] = entry
+        row = {
+            "name": name,
+            "configuration": dict(configuration),
+            "unit": unit if work else None,
+            "measured": measured,
+            "errors": errors,
+            "ratios": ratios(measured, samples),
+            "quick": self.options.quick,
+            **self.machine,
+            **git_state(),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "command": self.command,
+        }
+        print_table(row)
+        self.rows.append(row)
+        if not self.options.no_record:
+            self.results.parent.mkdir(parents=True, exist_ok=True)
+            with self.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Draw what `--plot` asks for; complain when `--only` kept nothing."""
+        if not self.rows:
+            raise SystemExit(
+                f"--only {' '.join(self.options.only or ())}: no configuration of this device has that name"
+            )
+        if self.options.plot:
+            plot(self.rows, self.options.plot)
+            print(f"drawn: {self.options.plot}")
+        return self.rows
+
+
+def ratios(measured: Mapping[str, Any], samples: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """Compare our best variant with each peer's best: speedup (above 1: ours is faster) and share of memory."""
+    best: dict[str, str] = {}
+    for name, entry in measured.items():
+        held = best.get(entry["side"])
+        if held is None or entry["seconds"]["median"] < measured[held]["seconds"]["median"]:
+            best[entry["side"]] = name
+    ours = best.pop(OURS, None)
+    if ours is None:
+        return []
+    found = []
+    for peer in best.values():
+        by_round = [theirs / mine for mine, theirs in zip(samples[ours], samples[peer], strict=True)]
+        ratio = {
+            "ours": ours,
+            "peer": peer,
+            "speedup": {**summary(by_round), "overall": sum(samples[peer]) / sum(samples[ours])},
+        }
+        if "peak_bytes" in measured[ours]:
+            ratio["memory"] = measured[ours]["peak_bytes"] / max(measured[peer]["peak_bytes"], 1)
+        found.append(ratio)
+    return found
+
+
+def print_table(row: Mapping[str, Any]) -> None:
+    """Show a row of results on the screen."""
+    settings = ", ".join(f"{key} {value}" for key, value in row["configuration"].items())
+    print(f"\n{row['name']}  ({settings})")
+    header = f"  {'':26}{'ms':>10}{'p10':>10}{'p90':>10}"
+    rated = row["unit"] is not None
+    with_memory = any("peak_bytes" in entry for entry in row["measured"].values())
+    print(header + (f"{row['unit'] + '/s':>14}" if rated else "") + (f"{'peak MiB':>12}" if with_memory else ""))
+    for name, entry in row["measured"].items():
+        line = f"  {name:26}" + "".join(f"{1000 * entry['seconds'][key]:10.2f}" for key in ("median", "p10", "p90"))
+        line += f"{entry['rate']['overall']:14,.0f}" if rated else ""
+        print(line + (f"{entry['peak_bytes'] / 2**20:12.1f}" if with_memory else ""))
+    for name, error in row["errors"].items():
+        print(f"  {name:26}  failed: {error}")
+    for ratio in row["ratios"]:
+        speed = "{median:.2f}x as fast [{p10:.2f}, {p90:.2f}]".format(**ratio["speedup"])
+        line = f"  {ratio['ours']} / {ratio['peer']}: {speed}"
+        print(line + (f", {ratio['memory']:.3f} of its memory" if "memory" in ratio else ""), flush=True)
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the speedups over each peer, with the spread from p10 to p90, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = [
+        (f"{row['name']}: {ratio['ours']} / {ratio['peer']}", ratio["speedup"])
+        for row in rows
+        for ratio in row["ratios"]
+    ]
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.35 * len(bars)), layout="constrained")
+    medians = [speed["median"] for _, speed in bars]
+    spread = [
+        [max(speed["median"] - speed["p10"], 0) for _, speed in bars],
+        [max(speed["p90"] - speed["median"], 0) for _, speed in bars],
+    ]
+    axes.barh([label for label, _ in bars], medians, xerr=spread, color="tab:blue", ecolor="black", capsize=3)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("speedup (above 1: Urform is faster)")
+    device = rows[0]["device"]
+    axes.set_title(f"{device.get('gpu', device['cpu'])}, {rows[0]['threads']} threads, {rows[0]['commit']}")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
