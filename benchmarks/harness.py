@@ -47,7 +47,8 @@ class Contender:
     Attributes:
         side: "urform", or the peer's name.
         variant: what tells the side's ways apart, as "bf16"; may be empty.
-        run: called with the number of the round (0, 1, ...), so that every contender can take the same batch in it.
+        run: called with the number of the round, so that every contender takes the same batch in it: 0 to repeats - 1
+            are timed, the warm-up rounds follow them (a batch seen for the first time stays new until it is timed).
     """
 
     side: str
@@ -194,6 +195,11 @@ class Bench:
         flags = " ".join(about["flags"])
         print(f"{self.script}: {about.get('gpu', about['cpu'])} ({flags}), {self.machine['threads']} threads")
 
+    @property
+    def rounds(self) -> int:
+        """Timed rounds and warm-up rounds."""
+        return self.options.repeats + self.options.warmup
+
     def wants(self, name: str) -> bool:
         """Say whether `--only` keeps the configuration of that name."""
         return not self.options.only or any(part in name for part in self.options.only)
@@ -223,10 +229,11 @@ class Bench:
         """
         errors: dict[str, str] = {}
         calls: dict[str, int] = {}
+        warmups = range(self.options.repeats, self.rounds)
         alive = []
         for contender in contenders:
             try:
-                seconds = [time_call(contender.run, i, 1, self.device) for i in range(self.options.warmup)]
+                seconds = [time_call(contender.run, i, 1, self.device) for i in warmups]
             except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:  # OutOfMemoryError is Runtime
                 if contender.side == OURS:
                     raise
