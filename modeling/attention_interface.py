@@ -3,19 +3,38 @@
 The function and the mask function are registered under one name. With the function alone every mask builder of the
 library returns None, and padding and causality are dropped without a word.
 
+Packed documents are kept apart wherever the model tells its attention about them:
+
+=============================  ============================================  ==========================================
+stock model                    `position_ids` that restart                   `cu_seq_lens_q`, `cu_seq_lens_k`
+=============================  ============================================  ==========================================
+Llama, Qwen3, Gemma2, Mistral  yes, with a cache too (eager leaks there)     yes
+GPT-2                          yes, with a cache too                         yes
+BERT                           yes (eager and sdpa leak)                     yes
+ModernBERT                     no: its attention is not told them            yes; `position_ids` for the rotations
+T5                             no: it takes none                             yes, exactly as each document alone
+BART, Marian                   no: they take none                            yes, but positions count on through the row
+=============================  ============================================  ==========================================
+
+An `attention_mask` with zeros turns `position_ids` off, as it does in the library.
+
 Shapes: B batch, L queries, S keys, N packed tokens, H heads, G key/value heads, D head dim.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
+from transformers.utils.import_utils import is_tracing
 
+from .attention_masks import CompactMask, KnownMask, urform_mask
 from .kernels.attention_biases import Bias, DenseBias
 from .kernels.attention_dispatch import attention
 from .kernels.attention_layouts import Layout
@@ -23,6 +42,9 @@ from .kernels.attention_layouts import Layout
 NAME = "urform"
 
 logger = logging.get_logger(__name__)
+T = TypeVar("T")
+_Side = tuple[Tensor | None, int | None]  # starts of packed documents and an upper bound on their lengths
+_Sides = tuple[tuple[Tensor, int | None], tuple[Tensor, int | None]]  # the queries' and the keys'
 
 
 def urform_attention_forward(
@@ -37,6 +59,7 @@ def urform_attention_forward(
     softcap: float | None = None,
     position_bias: Tensor | Bias | None = None,
     is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
@@ -52,17 +75,21 @@ def urform_attention_forward(
         query: `[B, H, L, D]`.
         key: `[B, G, S, D]`.
         value: `[B, G, S, D]`.
-        attention_mask: `[B | 1, H | 1, L, S]`, bool (True attends) or additive; complete: it holds causality, window
-            and padding. None: nothing is padded, and if the module is causal the last query meets the last key.
+        attention_mask: a `CompactMask`, or `[B | 1, H | 1, L, S]`, bool (True attends) or additive; complete: it holds
+            causality, window and padding. None: nothing is padded, and if the module is causal the last query meets
+            the last key.
         dropout: probability of dropping an attention weight; the models pass 0 in evaluation.
         scaling: factor of the scores; None: `D ** -0.5`.
         sliding_window: keys seen on the left, the query's own included (and as many on the right when not causal).
-            Read on the packed path only, as everywhere else the mask says it.
+            Read only with documents or layouts and no mask, as everywhere else the mask says it.
         softcap: bound of the scores.
-        position_bias: `[B | 1, H, L, S]`, or a bias object where there is no `attention_mask`.
+        position_bias: `[B | 1, H, L, S]`, or a bias object where there is no full `attention_mask`.
         is_causal: overrides `module.is_causal`.
-        cu_seq_lens_q: starts of the packed queries and their total, with batch 1 (flash attention's convention).
-        cu_seq_lens_k: the same for the keys; None: as the queries.
+        position_ids: `[B | 1, L]`, of self-attention without a past or padding; where they go back to their first
+            value, a packed document begins.
+        cu_seq_lens_q: starts of the packed queries and their total, with batch 1 (flash attention's convention). In an
+            encoder-decoder: of the decoder's documents.
+        cu_seq_lens_k: the same for the keys; None: as the queries. In an encoder-decoder: of the encoder's documents.
         max_length_q: upper bound on the packed queries' lengths.
         max_length_k: the same for the keys.
         q_layout: where the queries' sequences are, from a model that knows (Urform's own); packed ones sit in one row,
@@ -89,72 +116,48 @@ def urform_attention_forward(
             f"{type(module).__name__} has no is_causal and no attention_mask came: causality is unknown; "
             "set the attribute on the module or pass is_causal"
         )
-    causal = attention_mask is None and bool(is_causal)
+    options = dict(position_bias=position_bias, softcap=softcap, scale=scaling, dropout_p=dropout)
     if q_layout is not None:
         if attention_mask is not None or cu_seq_lens_q is not None:
             raise ValueError("q_layout says where all tokens are; drop attention_mask and cu_seq_lens_q")
-        out = _with_layouts(
-            query, key, value, q_layout, q_layout if kv_layout is None else kv_layout, causal=causal,
-            window=_window(sliding_window), position_bias=position_bias, softcap=softcap, scale=scaling,
-            dropout_p=dropout,
-        )  # fmt: skip
-        return out, None
+        plan = _Plan(bool(is_causal), _window(sliding_window), q_layout, q_layout if kv_layout is None else kv_layout)
+        return _attend(plan, query, key, value, **options), None
     if kv_layout is not None:
         raise ValueError("kv_layout came without q_layout; pass both, or q_layout alone for self-attention")
-    if cu_seq_lens_q is not None:
-        if key.shape[0] != 1:
-            raise ValueError(f"cu_seq_lens_q packs all sequences in one row, but the batch is {key.shape[0]}")
-        q_layout = kv_layout = Layout.packed(cu_seq_lens_q, max_length_q)
-        if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
-            kv_layout = Layout.packed(cu_seq_lens_k, max_length_k)
-    q_BLHD = query.expand(key.shape[0], -1, -1, -1).transpose(1, 2)  # some models' learned queries come with batch 1
-    k_BSGD, v_BSGD = key.transpose(1, 2), value.transpose(1, 2)
+    if cu_seq_lens_q is not None and key.shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_q packs all sequences in one row, but the batch is {key.shape[0]}")
+    query = query.expand(key.shape[0], -1, -1, -1)  # some models' learned queries come with batch 1
 
-    if q_layout is not None and attention_mask is None and not isinstance(position_bias, Tensor):
-        window = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
-        out_NHD = attention(
-            q_BLHD[0], k_BSGD[0], v_BSGD[0], q_layout=q_layout, kv_layout=kv_layout, causal=causal, window=window,
-            bias=position_bias, softcap=softcap, scale=scaling, dropout_p=dropout,
-        )  # fmt: skip
-        return cast(Tensor, out_NHD)[None].contiguous(), None
-    masks = [attention_mask]
-    if q_layout is not None and kv_layout is not None:
+    length, kv_length = query.shape[2], key.shape[2]
+    causal, cross = bool(is_causal), _is_cross(module, bool(is_causal))
+    cu_seq_lens = None
+    if cu_seq_lens_q is not None:
+        starts = (cu_seq_lens_q, max_length_q), (cu_seq_lens_k, max_length_k)
+        cu_seq_lens = _sides(module, causal, length == kv_length, *starts)
+    if length != kv_length or cross or is_tracing(query):
+        position_ids = None  # they are the queries' alone, or may not be read
+    plan = None
+    if attention_mask is None:
+        plan = _plan_without_mask(causal, sliding_window, cu_seq_lens, position_ids, key.shape[0])
+    elif isinstance(attention_mask, CompactMask):
+        known = attention_mask.known
+        if known.full is None and known.shape == (key.shape[0], 1, length, kv_length):
+            plan = known.once(
+                (cu_seq_lens_q, cu_seq_lens_k, position_ids, cross),
+                lambda: _plan_of_mask(known, cu_seq_lens, position_ids, cross),
+            )
+        if plan is None:
+            attention_mask = attention_mask.to_full()
+    if plan is not None:
+        return _attend(plan, query, key, value, **options), None
+
+    masks: list[Tensor | None] = [attention_mask]
+    if cu_seq_lens is not None:
         # A mask over the packed row may hold more than we know (chunks, prefixes): it stays, and documents are kept
         # apart besides.
-        masks.append(_same_document(q_layout, kv_layout, causal))
-        causal = False
-    out_BLHD = attention(
-        q_BLHD, k_BSGD, v_BSGD, causal=causal, bias=_join(position_bias, masks, query.dtype),
-        softcap=softcap, scale=scaling, dropout_p=dropout,
-    )  # fmt: skip
-    return cast(Tensor, out_BLHD).contiguous(), None
-
-
-def urform_mask(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> Tensor | None:
-    """Build the library's bool mask `[B, 1, L, S]`, or None only where causality (or nothing) is all there is to say.
-
-    The library also returns None for static caches, whose keys behind the last query are not written yet; here the
-    last query always is at the last key when the mask is None.
-    """
-    at_the_end = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
-    return sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        allow_is_causal_skip=allow_is_causal_skip and at_the_end,
-        **kwargs,
-    )
+        masks.append(_same_document(_packed(*cu_seq_lens[0]), _packed(*cu_seq_lens[1])))
+    options["position_bias"] = _join(position_bias, masks, query.dtype)
+    return _attend(_Plan(False, None), query, key, value, **options), None
 
 
 def register_attention() -> None:
@@ -163,39 +166,196 @@ def register_attention() -> None:
     AttentionMaskInterface.register(NAME, urform_mask)
 
 
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """How to call `attention()`: once for all layers of a forward pass that say the same.
+
+    Attributes:
+        keys: how many keys to look at; None: all.
+        tokens: int64 `[N]`, the packed tokens' places in the flattened rows; None: all, in order.
+    """
+
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    q_layout: Layout | None = None
+    kv_layout: Layout | None = None
+    keys: int | None = None
+    tokens: Tensor | None = None
+
+
+def _attend(
+    plan: _Plan, query: Tensor, key: Tensor, value: Tensor, *, position_bias: Tensor | Bias | None, **options: Any
+) -> Tensor:
+    """Call `attention()` on `[B, H, L, D]` as planned; give `[B, L, H, D]`."""
+    batch, heads, length, _ = query.shape
+    bias = position_bias
+    if isinstance(bias, Tensor):
+        bias = DenseBias(_cut(bias, plan, length, key.shape[2]))
+    if plan.keys is not None:
+        key, value = key[:, :, : plan.keys], value[:, :, : plan.keys]
+    q_packed = plan.q_layout is not None and plan.q_layout.is_packed
+    kv_packed = plan.kv_layout is not None and plan.kv_layout.is_packed
+    k, v = (_rows(x, kv_packed, plan.tokens) for x in (key, value))
+    out = cast(Tensor, attention(
+        _rows(query, q_packed, plan.tokens), k, v, q_layout=plan.q_layout, kv_layout=plan.kv_layout,
+        causal=plan.causal, window=plan.window, bias=bias, seed=None, **options,
+    ))  # fmt: skip
+    if plan.tokens is not None:
+        out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, plan.tokens, out)
+    return out.reshape(batch, length, heads, -1).contiguous()
+
+
+def _rows(x: Tensor, packed: bool, tokens: Tensor | None) -> Tensor:
+    """Give `[B, H, L, D]` as `[B, L, H, D]`, or packed as `[N, H, D]`."""
+    if not packed:
+        return x.transpose(1, 2)
+    x_NHD = x[0].transpose(0, 1) if x.shape[0] == 1 else x.transpose(1, 2).flatten(0, 1)
+    return x_NHD if tokens is None else x_NHD[tokens]
+
+
+def _cut(bias: Tensor, plan: _Plan, length: int, kv_length: int) -> Tensor:
+    """Cut the bias `[B | 1, H | 1, L, S]` of rows to what is planned; packed: to one block for each document."""
+    if plan.q_layout is None or plan.kv_layout is None or not (plan.q_layout.is_packed and plan.kv_layout.is_packed):
+        return bias if plan.keys is None or bias.shape[-1] == 1 else bias[..., : plan.keys]
+    q_places, k_places = (  # [documents, L | S] in the flattened rows
+        layout.pad(tokens)
+        for layout, tokens in (
+            (side, torch.arange(cast(Tensor, side.sequences).shape[0], device=bias.device) if plan.tokens is None
+             else plan.tokens) for side in (plan.q_layout, plan.kv_layout)
+        )
+    )  # fmt: skip
+    bias = bias[(None,) * (4 - bias.dim())].expand(-1, -1, length, kv_length)
+    rows = q_places[:, :1, None] // length if bias.shape[0] > 1 else torch.zeros_like(q_places[:, :1, None])
+    blocks = bias.permute(0, 2, 3, 1)[rows, q_places[:, :, None] % length, k_places[:, None, :] % kv_length]
+    return blocks.permute(0, 3, 1, 2)
+
+
+def _plan_without_mask(
+    causal: bool, sliding_window: int | None, cu_seq_lens: _Sides | None, position_ids: Tensor | None, batch: int
+) -> _Plan:
+    """Nothing is padded: documents are all there may be to tell."""
+    if cu_seq_lens is not None:
+        return _Plan(causal, _window(sliding_window), *(_packed(*side) for side in cu_seq_lens))
+    if position_ids is not None:
+        layout = _once(position_ids, batch, lambda: _restarted(position_ids, batch))
+        if layout is not None:
+            return _Plan(causal, _window(sliding_window), layout, layout)
+    return _Plan(causal, None)
+
+
+def _plan_of_mask(
+    known: KnownMask, cu_seq_lens: _Sides | None, position_ids: Tensor | None, cross: bool
+) -> _Plan | None:
+    """Make layouts of what a mask says, or None where only the full mask will do."""
+    padding, documents = known.padding, known.documents
+    square = known.q_start == 0 and known.shape[2] == known.keys
+    if cu_seq_lens is not None:
+        (starts, _), (k_starts, _) = cu_seq_lens
+        if padding is None and documents is None and known.keys == known.shape[3]:
+            return _Plan(known.causal, known.window, *(_packed(*side) for side in cu_seq_lens))
+        if cross or not square or not (starts is k_starts or torch.equal(starts, k_starts)):
+            return None
+        places = torch.arange(known.keys, device=starts.device)
+        told = torch.searchsorted(starts[1:].contiguous(), places.to(starts.dtype), right=True)[None]
+        documents = told if documents is None else documents + told  # both go up, so their sum changes where one does
+    elif position_ids is not None and square and padding is None and documents is None:
+        layout = _restarted(position_ids, known.shape[0])
+        if layout is not None:
+            return _Plan(known.causal, known.window, layout, layout)
+    if documents is not None:
+        layout, tokens = _packed_rows(documents, padding)
+        return _Plan(known.causal, known.window, layout, layout, tokens=tokens)
+    if padding is None:
+        return _Plan(known.causal, known.window, keys=known.keys)
+    kv_layout = Layout.padded(padding)
+    if square and (known.causal or known.window is not None):
+        q_layout = kv_layout
+    elif known.causal:
+        q_layout = Layout.padded(padding[:, known.q_start :])
+    else:  # perhaps cross-attention: nothing is known of the queries
+        q_layout = None
+    return _Plan(known.causal, known.window, q_layout, kv_layout, keys=known.keys)
+
+
+def _restarted(position_ids: Tensor, batch: int) -> Layout | None:
+    """Lay out the documents of rows whose positions go back to their first value; None where they just go on.
+
+    Positions that do anything else (stand still, jump ahead) tell nothing about documents.
+    """
+    goes_on = position_ids.diff(dim=-1) == 1
+    back = position_ids[:, 1:] == position_ids[:, :1]
+    some, all_back, none_goes_on = torch.stack([(~goes_on).any(), (goes_on | back).all(), ~goes_on.any()]).tolist()
+    if not some or not all_back or none_goes_on:
+        return None
+    documents = torch.nn.functional.pad((~goes_on).cumsum(-1), (1, 0))
+    return _packed_rows(documents.expand(batch, -1), None)[0]
+
+
+def _packed_rows(documents: Tensor, padding: Tensor | None) -> tuple[Layout, Tensor | None]:
+    """Lay the documents `[B, L]` of all rows end to end; with padding, give the places of the real tokens too."""
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents.diff(dim=-1) != 0
+    tokens = None
+    if padding is not None:
+        tokens = padding.flatten().nonzero()[:, 0]
+        numbers = begins.flatten().cumsum(0)[tokens]
+        begins = torch.ones_like(numbers, dtype=torch.bool)
+        begins[1:] = numbers.diff() != 0
+    starts = begins.flatten().nonzero()[:, 0]
+    return Layout.packed(torch.cat([starts, starts.new_tensor([begins.numel()])])), tokens
+
+
+def _packed(cu_seq_lens: Tensor, max_length: int | None) -> Layout:
+    """Make the layout that all layers share."""
+    # Of a view: a layout that held the tensor itself would keep it, and be kept, for ever.
+    return _once(cu_seq_lens, max_length, lambda: Layout.packed(cu_seq_lens.detach(), max_length))
+
+
+def _once(tensor: Tensor, name: Any, build: Callable[[], T]) -> T:
+    """Remember what was built from a tensor for as long as the tensor lives unchanged."""
+    if is_tracing(tensor) or tensor.is_inference():  # nothing says when those change
+        return build()
+    if tensor not in _BUILT or _BUILT[tensor][0] != tensor._version:
+        _BUILT[tensor] = (tensor._version, {})
+    built = _BUILT[tensor][1]
+    if name not in built:
+        built[name] = build()
+    return cast(T, built[name])
+
+
+_BUILT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _sides(module: nn.Module, causal: bool, square: bool, q_side: _Side, k_side: _Side) -> _Sides:
+    """Say which documents are the queries' and which the keys'.
+
+    An encoder-decoder hands the decoder's starts and the encoder's to every attention alike; the encoder's own has
+    the latter on both sides, the decoder's own the former.
+    """
+    if k_side[0] is None:
+        k_side = q_side
+    if square and causal:
+        k_side = q_side
+    elif square and getattr(module, "is_decoder", None) is False:
+        q_side = k_side
+    return cast(_Sides, (q_side, k_side))
+
+
+def _is_cross(module: nn.Module, causal: bool) -> bool:
+    """Whether keys come from elsewhere, going by what the library's modules say of themselves."""
+    said = getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__
+    return said or (not causal and getattr(module, "is_decoder", False) is True)
+
+
 def _window(sliding_window: int | None) -> tuple[int, int] | None:
     """Read transformers' count of keys, the query's own included, as distances."""
     return None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
 
 
-def _with_layouts(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    q_layout: Layout,
-    kv_layout: Layout,
-    *,
-    position_bias: Tensor | Bias | None,
-    **options: Any,
-) -> Tensor:
-    """Call `attention()` on `[B, H, L, D]`, of which a packed layout takes the only row; give `[B, L, H, D]`."""
-    q, k, v = (
-        x.transpose(1, 2) if not layout.is_packed else x[0].transpose(0, 1)
-        for x, layout in ((query, q_layout), (key, kv_layout), (value, kv_layout))
-    )
-    bias = DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias
-    out = cast(Tensor, attention(q, k, v, q_layout=q_layout, kv_layout=kv_layout, bias=bias, seed=None, **options))
-    return (out[None] if q_layout.is_packed else out).contiguous()
-
-
-def _same_document(q_layout: Layout, kv_layout: Layout, causal: bool) -> Tensor:
-    """Bool `[1, 1, N, M]`: key and query are of one packed document (and the key is not ahead)."""
+def _same_document(q_layout: Layout, kv_layout: Layout) -> Tensor:
+    """Bool `[1, 1, N, M]`: key and query are of one packed document."""
     q_sequences_N, k_sequences_M = cast(Tensor, q_layout.sequences), cast(Tensor, kv_layout.sequences)
-    together_NM = q_sequences_N[:, None] == k_sequences_M
-    if causal:
-        shift_N = (kv_layout.lengths - q_layout.lengths)[q_sequences_N]
-        together_NM &= kv_layout.positions <= (q_layout.positions + shift_N)[:, None]
-    return together_NM[None, None]
+    return (q_sequences_N[:, None] == k_sequences_M)[None, None]
 
 
 def _join(position_bias: Tensor | Bias | None, masks: list[Tensor | None], dtype: torch.dtype) -> Bias | None:

@@ -308,7 +308,7 @@ def test_mask_is_none_only_where_causality_says_it_all() -> None:
 
     assert mask(4, 4) is None
     assert mask(1, 4, 3) is None
-    assert mask(1, 8, 3).tolist() == [[[[True] * 4 + [False] * 4]]]
+    assert (mask(1, 8, 3) & True).tolist() == [[[[True] * 4 + [False] * 4]]]
     assert mask(2, 8, torch.tensor(0)).sum() == 3
 
 
