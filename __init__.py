@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .configuration.configuration_urform import UrformConfig, list_presets
+    from .diagnostics.isolation import check_isolation
+    from .diagnostics.kernels_check import check_kernels
     from .modeling.kernels.attention_biases import ALiBi, DenseBias, RelativeBias, T5Bias
     from .modeling.kernels.attention_dispatch import attention, attention_backends
     from .modeling.kernels.attention_layouts import Layout
@@ -59,11 +61,15 @@ __all__ = [
     "__version__",
     "attention",
     "attention_backends",
+    "check_isolation",
+    "check_kernels",
     "list_presets",
 ]
 
 _HOME = {
     "configuration.configuration_urform": ("UrformConfig", "list_presets"),
+    "diagnostics.isolation": ("check_isolation",),
+    "diagnostics.kernels_check": ("check_kernels",),
     "modeling.kernels.attention_biases": ("ALiBi", "DenseBias", "RelativeBias", "T5Bias"),
     "modeling.kernels.attention_dispatch": ("attention", "attention_backends"),
     "modeling.kernels.attention_layouts": ("Layout",),

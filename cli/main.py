@@ -241,6 +241,59 @@ def predict(
         sys.stdout.flush()
 
 
+doctor = typer.Typer(help="Self-tests: this machine's kernels, a model's masks.", no_args_is_help=True)
+app.add_typer(doctor, name="doctor")
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
+
+
+@doctor.command()
+def kernels(
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default: the GPU if any.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Test every attention backend and the fused loss on this machine against float64; exit code 1 if one is wrong."""
+    with _clean_errors(debug):
+        _set_up_logging(quiet=True)
+        from ..diagnostics.kernels_check import check_kernels
+
+        report = check_kernels(device)
+        typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.to_text())
+        if not report.ok:
+            raise typer.Exit(1)
+
+
+@doctor.command()
+def isolation(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of any transformers model that reads tokens.")],
+    attn: Annotated[str | None, typer.Option("--attn", help="attn_implementation; default: the model's own.")] = None,
+    checks: Annotated[
+        list[str] | None, typer.Option("--check", help="Only this check; may be repeated. See docs/doctor.md.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option("--device", help="cpu (default) or cuda.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say whether padding, packed neighbours or later tokens move a model's outputs; exit code 1 if one does."""
+    with _clean_errors(debug):
+        _set_up_logging(quiet=True)
+        from ..diagnostics.isolation import check_isolation
+
+        report = check_isolation(
+            model,
+            attn_implementation=attn,
+            checks=checks or None,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.to_text())
+        if not report.ok:
+            raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point of the `urform` command."""
     app()

@@ -201,6 +201,7 @@ MAY_IMPORT = {
     "modeling": {"modeling", "modeling/kernels", "configuration"},
     "training": {"training", "modeling", "modeling/kernels", "configuration", "tokenization", ""},
     "conversion": {"conversion", "modeling", "modeling/kernels", "configuration", "tokenization", ""},
+    "diagnostics": {"diagnostics", "modeling", "modeling/kernels"},
 }
 
 
@@ -285,7 +286,7 @@ def test_wheel_holds_one_package_and_no_tests_or_data(wheel_names: list[str]):
     tops = {name.split("/")[0] for name in wheel_names}
     assert tops == {"urform", f"urform-{urform.__version__}.dist-info"}
     folders = {name.split("/")[1] for name in wheel_names if name.startswith("urform/") and name.count("/") > 1}
-    allowed = {"configuration", "modeling", "tokenization", "training", "conversion", "cli"}
+    allowed = {"configuration", "modeling", "tokenization", "training", "conversion", "diagnostics", "cli"}
     assert folders <= allowed, folders - allowed
     suffixes = {Path(name).suffix for name in wheel_names if name.startswith("urform/")}
     assert suffixes <= {".py", ".yaml", ".typed"}, suffixes
@@ -293,7 +294,8 @@ def test_wheel_holds_one_package_and_no_tests_or_data(wheel_names: list[str]):
 
 def test_wheel_holds_every_module(wheel_names: list[str]):
     assert {"urform/__init__.py", "urform/hub_upload.py", "urform/py.typed"} <= set(wheel_names)
-    packages = ["configuration", "modeling", "modeling/kernels", "tokenization", "training", "training/recipes", "cli"]
+    packages = ["configuration", "modeling", "modeling/kernels", "tokenization", "training", "training/recipes",
+                "diagnostics", "cli"]  # fmt: skip
     for folder in packages:
         for path in (ROOT / folder).iterdir():
             if path.suffix in (".py", ".yaml"):
