@@ -74,7 +74,7 @@ def dropout_survives(row_keys, columns, threshold):
 @triton.jit
 def tanh(x, EXACT: tl.constexpr):
     """Hyperbolic tangent from exp2; `EXACT` adds the series around 0, where `1 - exp` has lost its digits."""
-    e = tl.exp2(-2 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
     t = (1 - e) / (1 + e)
     t = tl.where(x < 0, -t, t)
     if EXACT:
@@ -163,10 +163,11 @@ def score_tile(
     if BIAS != NO_BIAS:
         lowest = first_column - first_row - shift - (ROWS - 1)
         highest = first_column - first_row - shift + (COLUMNS - 1)
-        scores += LOG2E * bias_tile(
+        bias = bias_tile(
             Bias, ahead, lowest, highest, rows, columns, length_q, length_k, start_q, start_k, reach, MapQ, MapK,
             stride_bias_row, stride_bias_column, BIAS,
         )  # fmt: skip
+        scores += bias * LOG2E
     if MASKED:
         visible = (columns >= 0) & (columns < length_k) & (rows < length_q)
         if HAS_LEFT:
@@ -241,7 +242,7 @@ def _forward_tiles(
     offs_dv = tl.arange(0, BLOCK_DV)
     offs_n = tl.arange(0, BLOCK_N)
     for first in range(low, high, BLOCK_N):
-        at = first.to(tl.int64)
+        at = tl.cast(first, tl.int64)
         k = load_rows(K + at * stride_kn, offs_n, length_k - first, stride_kn, offs_d, HEAD_DIM, BLOCK_D, UPCAST)
         columns = (first + offs_n)[None, :]
         scores, _ = score_tile(
@@ -383,7 +384,7 @@ def _dq_tiles(
     offs_dv = tl.arange(0, BLOCK_DV)
     offs_n = tl.arange(0, BLOCK_N)
     for first in range(low, high, BLOCK_N):
-        at = first.to(tl.int64)
+        at = tl.cast(first, tl.int64)
         k = load_rows(K + at * stride_kn, offs_n, length_k - first, stride_kn, offs_d, HEAD_DIM, BLOCK_D, UPCAST)
         v = load_rows(V + at * stride_vn, offs_n, length_k - first, stride_vn, offs_dv, HEAD_DIM_V, BLOCK_DV, UPCAST)
         columns = (first + offs_n)[None, :]
@@ -521,7 +522,7 @@ def _dkdv_tiles(
     offs_dv = tl.arange(0, BLOCK_DV)
     offs_m = tl.arange(0, BLOCK_M)
     for first in range(low, high, BLOCK_M):
-        at = first.to(tl.int64)
+        at = tl.cast(first, tl.int64)
         q = load_rows(Q + at * stride_qn, offs_m, length_q - first, stride_qn, offs_d, HEAD_DIM, BLOCK_D, UPCAST)
         grad = load_rows(
             Grad + at * stride_gn, offs_m, length_q - first, stride_gn, offs_dv, HEAD_DIM_V, BLOCK_DV, UPCAST
