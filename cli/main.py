@@ -249,6 +249,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")
 @doctor.command()
 def kernels(
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default: the GPU if any.")] = None,
+    backends: Annotated[list[str] | None, typer.Option("--backend", help="Only this; may be repeated.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -257,7 +258,7 @@ def kernels(
         _set_up_logging(quiet=True)
         from ..diagnostics.kernels_check import check_kernels
 
-        report = check_kernels(device)
+        report = check_kernels(device, backends=backends or None)
         typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.to_text())
         if not report.ok:
             raise typer.Exit(1)

@@ -41,19 +41,19 @@ _ADVICE = {
     "padding": "use attn_implementation='sdpa', 'eager' or 'urform'; batches of rows of one length until then",
     "cross-attention": "use attn_implementation='sdpa', 'eager' or 'urform'; sources of one length until then",
     "causality": "use attn_implementation='sdpa', 'eager' or 'urform'; check that the mask function is registered",
-    "packing-position-ids": "do not pack this model by position_ids: pass cu_seq_lens_q/k and max_length_q/k with "
-    "attn_implementation='urform' or a flash attention",
-    "packing-ones-mask": "leave attention_mask out beside packed position_ids, or pass cu_seq_lens_q/k with "
-    "attn_implementation='urform'",
+    "packing-position-ids": "pass cu_seq_lens_q/k and max_length_q/k with attn_implementation='urform' or a flash "
+    "attention; position_ids alone are enough where the model hands them to an attention that reads them",
+    "packing-ones-mask": "leave attention_mask out beside packed position_ids, or use attn_implementation='urform' "
+    "(with cu_seq_lens_q/k, if the model does not hand position_ids to its attention)",
     "packing-cu-seqlens": "sdpa, eager and flex_attention ignore cu_seq_lens: use attn_implementation='urform' or a "
     "flash attention, which read them",
-    "packing-cache": "pass use_cache=False (transformers looks for documents only where there is no cache), or "
-    "cu_seq_lens_q/k with attn_implementation='urform'",
-    "inconclusive": "the probe moves too little to tell: use --dtype float32, or trained weights",
+    "packing-cache": "pass use_cache=False (transformers looks for documents only where there is no cache), or use "
+    "attn_implementation='urform'",
+    "inconclusive": "look in float32 (--dtype float32), or at trained weights",
 }
 
 _SIZES = (6, 5, 7)  # documents of a packed row, and rows of a padded batch
-_TARGETS = (4, 7, 5)  # the decoder's, on purpose others than the encoder's
+_TARGETS = (4, 8, 5)  # the decoder's, on purpose others than the encoder's
 
 
 @dataclass(frozen=True)
