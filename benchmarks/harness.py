@@ -7,7 +7,8 @@ variants) and by the work that one call does; `Bench.compare` does the rest:
   what slows the machine down for a while slows them all;
 - warm-up calls come first; a call shorter than 20 ms is repeated inside its sample until the sample is that long;
 - a sample is a duration; reported are median, p10 and p90 of the samples, and of the ratios inside each round;
-- a side's best variant (the lowest median) stands for the side: ours in its best precision against theirs;
+- a side's best variant (the lowest median) stands for the side, as ours in its best precision against theirs; where
+  that is not wanted, groups (as one for each dtype) are compared each by itself;
 - a peer that fails is reported with its error; ours that fails ends the script.
 
 Run by itself this file does nothing.
@@ -28,6 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch is imported: the profiler's chatter
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -46,18 +48,20 @@ class Contender:
 
     Attributes:
         side: "urform", or the peer's name.
-        variant: what tells the side's ways apart, as "bf16"; may be empty.
+        variant: what tells the side's ways apart, as "eager bf16"; may be empty.
         run: called with the number of the round, so that every contender takes the same batch in it: 0 to repeats - 1
             are timed, the warm-up rounds follow them (a batch seen for the first time stays new until it is timed).
+        group: compared only with contenders of the same group.
     """
 
     side: str
     variant: str
     run: Callable[[int], object]
+    group: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.side} {self.variant}".strip()
+        return " ".join(filter(None, (self.side, self.variant, self.group)))
 
 
 def arguments(doc: str | None, *, repeats: int, sizes: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -250,11 +254,8 @@ class Bench:
         measured = {}
         for contender in alive:
             seconds = samples[contender.name]
-            entry: dict[str, Any] = {
-                "side": contender.side,
-                "calls": calls[contender.name],
-                "seconds": summary(seconds),
-            }
+            entry: dict[str, Any] = {"side": contender.side, "group": contender.group}
+            entry.update(calls=calls[contender.name], seconds=summary(seconds))
             if amounts:
                 rates = [amount / second for amount, second in zip(amounts, seconds, strict=True)]
                 entry["rate"] = {**summary(rates), "overall": sum(amounts) / sum(seconds)}
@@ -295,23 +296,20 @@ class Bench:
 
 
 def ratios(measured: Mapping[str, Any], samples: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Compare our best variant with each peer's best: speedup (above 1: ours is faster) and share of memory."""
-    best: dict[str, str] = {}
+    """Compare our best variant with each peer's best, by group: speedup (above 1: ours is faster), share of memory."""
+    best: dict[tuple[str, str], str] = {}
     for name, entry in measured.items():
-        held = best.get(entry["side"])
-        if held is None or entry["seconds"]["median"] < measured[held]["seconds"]["median"]:
-            best[entry["side"]] = name
-    ours = best.pop(OURS, None)
-    if ours is None:
-        return []
+        key = (entry["group"], entry["side"])
+        if key not in best or entry["seconds"]["median"] < measured[best[key]]["seconds"]["median"]:
+            best[key] = name
     found = []
-    for peer in best.values():
-        by_round = [theirs / mine for mine, theirs in zip(samples[ours], samples[peer], strict=True)]
-        ratio = {
-            "ours": ours,
-            "peer": peer,
-            "speedup": {**summary(by_round), "overall": sum(samples[peer]) / sum(samples[ours])},
-        }
+    for (group, side), peer in best.items():
+        ours = best.get((group, OURS))
+        if side == OURS or ours is None:
+            continue
+        mine, theirs = samples[ours], samples[peer]
+        speedup = summary([b / a for a, b in zip(mine, theirs, strict=True)])
+        ratio = {"ours": ours, "peer": peer, "speedup": {**speedup, "overall": sum(theirs) / sum(mine)}}
         if "peak_bytes" in measured[ours]:
             ratio["memory"] = measured[ours]["peak_bytes"] / max(measured[peer]["peak_bytes"], 1)
         found.append(ratio)
