@@ -18,25 +18,21 @@ os.environ.update(
 os.environ.pop("HF_TOKEN", None)
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
-
-def _has_accelerator() -> bool:
-    import torch
-
-    return torch.accelerator.is_available()
+if not torch.accelerator.is_available():  # read when Triton kernels are decorated: they run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu = [item for item in items if "gpu" in item.keywords]
-    if gpu and not _has_accelerator():
+    if gpu and not torch.accelerator.is_available():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs an accelerator; torch finds none on this machine"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    import torch
-
     torch.set_num_threads(1)
 
 
@@ -46,7 +42,6 @@ def seed() -> Iterator[int]:
     import random
 
     import numpy
-    import torch
 
     random.seed(0)
     numpy.random.seed(0)

@@ -1,186 +1,173 @@
+# mypy: disable-error-code="no-untyped-def"
 """Attention of few queries over a long cache, in Triton: the keys are split over programs, then the parts are combined.
 
 With one query per sequence a program per (sequence, head) leaves most of a GPU idle. Here a program takes one key/value
 head of one sequence, all query heads that share it and all their queries (so that the tile of rows is filled and each
 key is read once), and one of `splits` stretches of the keys; a second kernel adds the parts in a fixed order, weighted
-by their log-sum-exps ("Flash-Decoding", Dao et al. 2023; the sum itself: Dao et al. 2022, "FlashAttention", section
-3.1). No gradient: this is generation.
+by their log-sum-exps ("Flash-Decoding", Dao et al. 2023; the sum itself: Milakov & Gimelshein 2018, algorithm 3). No
+gradient: this is generation.
 
 Nothing is specialised on lengths, strides or the number of splits, and no value is read from the device.
 
-Shapes: B sequences, N packed queries, M packed keys, S columns of a cache, H query heads, G key/value heads, D head
-dim, R reach of a table of biases. In kernels: BM rows (queries x heads of the group), BN keys, BD and BV head dims
-rounded up to a power of two; prefixes `p_` pointer, `b_` block, `o_` offset, `m_` mask.
+Shapes: B sequences, L queries and S keys of a sequence, N packed queries, M packed keys, H query heads, G key/value
+heads, D head dim, R reach of a table of biases. Inside the kernels M are rows of a tile (queries x heads of a group,
+the heads fastest), N keys of a tile, DV the head dim of v.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
+
+from .attention_triton_kernels import ALIBI, DENSE, LN2, LOG2E, NO_BIAS, TABLE, load_rows, score_tile
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the capability table says that the backend is absent
-    triton = None
+except ImportError as error:
+    raise ImportError("backend='triton' needs the package triton (3.6 or newer); install urform[triton]") from error
 
 MAX_SPLITS = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-if triton is not None:
-    _RUNTIME = [
-        "cu_q", "k_starts", "k_ends", "kv_heads", "queries", "row_blocks", "scale", "softcap", "left", "right", "reach",
-        "stride_qn", "stride_qh", "stride_kb", "stride_kn", "stride_kg", "stride_vb", "stride_vn", "stride_vg",
-        "stride_dense_b", "stride_dense_h", "stride_dense_l", "stride_dense_s",
-    ]  # fmt: skip
 
-    @triton.jit(do_not_specialize=_RUNTIME)
-    def decode_kernel(
-        q, k, v, out, lse, cu_q, k_starts, k_ends, slopes, lut, dense,
-        kv_heads, queries, row_blocks, scale, softcap, left, right, reach,
-        stride_qn, stride_qh, stride_kb, stride_kn, stride_kg, stride_vb, stride_vn, stride_vg,
-        stride_dense_b, stride_dense_h, stride_dense_l, stride_dense_s,
-        GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-        BV: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS: tl.constexpr,
-        SOFTCAP: tl.constexpr, CACHE: tl.constexpr, UPCAST: tl.constexpr,
-    ):  # fmt: skip
-        """Attend one stretch of one sequence's keys: grid (B * G * row_blocks, splits)."""
-        pid = tl.program_id(0)
-        split = tl.program_id(1)
-        splits = tl.num_programs(1)
-        rows = pid % row_blocks
-        g = (pid // row_blocks) % kv_heads
-        b = pid // (row_blocks * kv_heads)
-        heads = kv_heads * GROUP
-        q_start = tl.load(cu_q + b).to(tl.int64)
-        length = (tl.load(cu_q + b + 1) - q_start).to(tl.int32)
-        if rows * BM >= length * GROUP:
-            return
-        k_start = tl.load(k_starts + b).to(tl.int64)
-        size = (tl.load(k_ends + b) - k_start).to(tl.int32)
-        shift = 0
-        if CAUSAL:
-            shift = size - length
+@triton.jit(
+    do_not_specialize=[
+        "StartsQ", "EndsQ", "StartsK", "EndsK", "slots_k", "stride_qn", "stride_qh", "stride_kb", "stride_kn",
+        "stride_kh", "stride_vb", "stride_vn", "stride_vh", "stride_bias_batch", "stride_bias_head", "stride_bias_row",
+        "stride_bias_column", "tokens_q", "tiles", "kv_heads", "left", "right", "reach",
+    ]
+)  # fmt: skip
+def decode_split(
+    Q, K, V, Out, Lse, StartsQ, EndsQ, StartsK, EndsK, Bias, MapQ, MapK, slots_k,
+    stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_bias_batch, stride_bias_head, stride_bias_row, stride_bias_column,
+    tokens_q, tiles, kv_heads, left, right, reach, scale, softcap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    CACHE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Attend one stretch of one sequence's keys; the grid is (B * G * tiles, splits)."""
+    program = tl.program_id(0)
+    tile = program % tiles
+    kv_head = (program // tiles % kv_heads).to(tl.int64)
+    sequence = (program // tiles // kv_heads).to(tl.int64)
+    split = tl.program_id(1)
+    start_q = tl.load(StartsQ + sequence).to(tl.int64)
+    length_q = (tl.load(EndsQ + sequence) - start_q).to(tl.int32)
+    if tile * BLOCK_M >= length_q * GROUP:
+        return
+    start_k = tl.load(StartsK + sequence).to(tl.int64)
+    length_k = (tl.load(EndsK + sequence) - start_k).to(tl.int32)
+    shift = 0
+    if CAUSAL:
+        shift = length_k - length_q
+    EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
 
-        o_r = rows * BM + tl.arange(0, BM)  # [BM]
-        o_l = o_r // GROUP
-        o_h = g * GROUP + o_r % GROUP
-        m_r = o_l < length
-        position = o_l + shift
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = offs_m // GROUP
+    heads = kv_head * GROUP + offs_m % GROUP
+    first_row = tile * BLOCK_M // GROUP
+    last_row = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, length_q - 1)
+    low = 0
+    high = length_k
+    if HAS_LEFT:
+        low = tl.maximum(first_row + shift - left, 0)
+    if HAS_RIGHT:
+        high = tl.minimum(high, last_row + shift + right + 1)
+    share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), tl.num_programs(1)), BLOCK_N) * BLOCK_N
+    low += split * share
+    high = tl.minimum(high, low + share)
 
-        # the keys that any row of the block sees, and this program's share of them
-        first = (rows * BM) // GROUP + shift
-        last = tl.minimum((rows * BM + BM - 1) // GROUP, length - 1) + shift
-        lo = 0
-        hi = size
-        if LEFT:
-            lo = tl.maximum(lo, first - left)
-        if RIGHT:
-            hi = tl.minimum(hi, last + right + 1)
-        share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), splits), BN) * BN
-        lo += split * share
-        hi = tl.minimum(hi, lo + share)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    Q += start_q * stride_qn * UNIT + heads[:, None] * stride_qh * UNIT
+    K += sequence * stride_kb * UNIT + kv_head * stride_kh * UNIT
+    V += sequence * stride_vb * UNIT + kv_head * stride_vh * UNIT
+    stride_kn *= UNIT
+    stride_vn *= UNIT
+    if MapK is not None:
+        MapK += sequence * slots_k
+    if BIAS != NO_BIAS:
+        Bias += sequence * stride_bias_batch + heads[:, None] * stride_bias_head
+        if CACHE and MapK is None:  # the columns of a dense bias are the cache's
+            Bias += start_k * stride_bias_column
+    q = load_rows(Q, rows, length_q, stride_qn * UNIT, offs_d, HEAD_DIM, BLOCK_D, UPCAST)
 
-        o_d = tl.arange(0, BD)
-        o_v = tl.arange(0, BV)
-        # strides count eighths of a row: the compiler thus knows that rows start at multiples of 16 bytes
-        p_q = q + (q_start + o_l[:, None]) * (stride_qn.to(tl.int64) * 8) + o_h[:, None] * (stride_qh.to(tl.int64) * 8)
-        b_q = tl.load(p_q + o_d[None, :], mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BD]
-        if UPCAST:
-            b_q = b_q.to(tl.float32)
-        p_k = k + b * (stride_kb.to(tl.int64) * 8) + g * (stride_kg.to(tl.int64) * 8)
-        p_v = v + b * (stride_vb.to(tl.int64) * 8) + g * (stride_vg.to(tl.int64) * 8)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for first in range(low, high, BLOCK_N):
+        if MapK is None:
+            at = start_k + first
+            k = load_rows(K + at * stride_kn, offs_n, high - first, stride_kn, offs_d, HEAD_DIM, BLOCK_D, UPCAST)
+            v = load_rows(V + at * stride_vn, offs_n, high - first, stride_vn, offs_dv, HEAD_DIM_V, BLOCK_DV, UPCAST)
+        else:
+            slots = tl.load(MapK + start_k + first + offs_n, mask=offs_n < high - first, other=-1).to(tl.int64)
+            k = load_rows(K, slots, slots_k, stride_kn, offs_d, HEAD_DIM, BLOCK_D, UPCAST)
+            v = load_rows(V, slots, slots_k, stride_vn, offs_dv, HEAD_DIM_V, BLOCK_DV, UPCAST)
+        scores, _ = score_tile(
+            tl.dot(q, tl.trans(k), input_precision="ieee"), rows[:, None], (first + offs_n)[None, :], first_row, first,
+            length_q, high, shift, left, right, scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK,
+            stride_bias_row, stride_bias_column, BLOCK_M // GROUP + 2, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP,
+            BIAS, EXACT,
+        )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(scores - finite_top[:, None])
+        shrink = tl.exp2(top - finite_top)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
 
-        b_m = tl.full([BM], -float("inf"), tl.float32)
-        b_sum = tl.zeros([BM], tl.float32)
-        b_o = tl.zeros([BM, BV], tl.float32)
-        for start in tl.range(lo, hi, BN):
-            o_n = start + tl.arange(0, BN)
-            m_n = o_n < hi
-            o_row = k_start + o_n
-            b_k = tl.load(
-                p_k + o_row[:, None] * (stride_kn.to(tl.int64) * 8) + o_d[None, :],
-                mask=m_n[:, None] & (o_d < D)[None, :],
-                other=0.0,
-            )  # [BN, BD]
-            b_v = tl.load(
-                p_v + o_row[:, None] * (stride_vn.to(tl.int64) * 8) + o_v[None, :],
-                mask=m_n[:, None] & (o_v < DV)[None, :],
-                other=0.0,
-            )  # [BN, BV]
-            if UPCAST:
-                b_k = b_k.to(tl.float32)
-                b_v = b_v.to(tl.float32)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BM, BN]
-            ahead = o_n[None, :] - position[:, None]
-            if SOFTCAP:
-                b_e = tl.exp2(tl.abs(b_s) * (-2 * 1.4426950408889634 / softcap))
-                b_t = softcap * (1 - b_e) / (1 + b_e)
-                b_s = tl.where(b_s < 0, -b_t, b_t)
-            if BIAS == "alibi":
-                b_s -= tl.load(slopes + o_h)[:, None] * tl.abs(ahead).to(tl.float32)
-            if BIAS == "lut":
-                o_t = tl.minimum(tl.maximum(ahead, -reach), reach) + reach
-                b_s += tl.load(lut + o_h[:, None] * (2 * reach + 1) + o_t)
-            if BIAS == "dense":
-                p_b = dense + b * stride_dense_b.to(tl.int64) + o_h[:, None] * stride_dense_h.to(tl.int64)
-                o_column = o_n + k_start if CACHE else o_n
-                p_b += o_l[:, None] * stride_dense_l.to(tl.int64) + o_column[None, :] * stride_dense_s.to(tl.int64)
-                b_s += tl.load(p_b, mask=m_r[:, None] & m_n[None, :], other=0.0).to(tl.float32)
-            seen = m_n[None, :]
-            if LEFT:
-                seen = seen & (ahead >= -left)
-            if RIGHT:
-                seen = seen & (ahead <= right)
-            b_s = tl.where(seen, b_s * 1.4426950408889634, -float("inf"))
-            b_new = tl.maximum(b_m, tl.max(b_s, 1))
-            b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)  # a row without keys so far: no -inf - -inf
-            b_p = tl.exp2(b_s - b_ref[:, None])
-            b_scale = tl.exp2(b_m - b_ref)
-            b_sum = b_sum * b_scale + tl.sum(b_p, 1)
-            b_o = b_o * b_scale[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
-            b_m = b_new
+    attends = total > 0
+    safe_total = tl.where(attends, total, 1.0)
+    lse = tl.where(attends, (top + tl.log2(safe_total)) * LN2, float("-inf"))
+    stored = rows < length_q
+    tokens = split.to(tl.int64) * tokens_q + start_q + rows
+    Out += (tokens * kv_heads * GROUP + heads)[:, None] * HEAD_DIM_V + offs_dv[None, :]
+    out_mask = stored[:, None] & (offs_dv < HEAD_DIM_V)[None, :]
+    tl.store(Out, (acc / safe_total[:, None]).to(Out.dtype.element_ty), out_mask)
+    tl.store(Lse + (split * kv_heads * GROUP + heads) * tokens_q + start_q + rows, lse, stored)
 
-        b_o = b_o / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
-        b_lse = tl.where(b_sum > 0, b_m * 0.6931471805599453 + tl.log(b_sum), -float("inf"))
-        o_q = q_start + o_l
-        p_o = out + ((split * queries.to(tl.int64) + o_q) * heads + o_h)[:, None] * DV + o_v[None, :]
-        tl.store(p_o, b_o.to(out.dtype.element_ty), mask=m_r[:, None] & (o_v < DV)[None, :])
-        tl.store(lse + (split * heads + o_h) * queries.to(tl.int64) + o_q, b_lse, mask=m_r)
 
-    @triton.jit(do_not_specialize=["splits", "queries", "heads"])
-    def combine_kernel(
-        parts, lses, out, lse, splits, queries, heads, DV: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr
-    ):  # fmt: skip
-        """Add the parts of one row (query, head), in the order of the splits: grid (N * H,)."""
-        row = tl.program_id(0).to(tl.int64)
-        rows = queries.to(tl.int64) * heads
-        p_lse = (row % heads) * queries + row // heads  # lse is [H, N]
-        o_v = tl.arange(0, BV)
-        b_m = -float("inf")
-        b_sum = 0.0
-        b_o = tl.zeros([BV], tl.float32)
-        for start in range(0, splits, BS):
-            o_s = start + tl.arange(0, BS)
-            m_s = o_s < splits
-            b_l = tl.load(lses + o_s * rows + p_lse, mask=m_s, other=-float("inf")) * 1.4426950408889634  # [BS]
-            b_part = tl.load(
-                parts + (o_s[:, None] * rows + row) * DV + o_v[None, :],
-                mask=m_s[:, None] & (o_v < DV)[None, :],
-                other=0.0,
-            )  # [BS, BV]
-            b_new = tl.maximum(b_m, tl.max(b_l, 0))
-            b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
-            b_w = tl.exp2(b_l - b_ref)
-            b_scale = tl.exp2(b_m - b_ref)
-            b_sum = b_sum * b_scale + tl.sum(b_w, 0)
-            b_o = b_o * b_scale + tl.sum(b_part * b_w[:, None], 0)
-            b_m = b_new
-        b_o = b_o / tl.where(b_sum > 0, b_sum, 1.0)
-        tl.store(out + row * DV + o_v, b_o.to(out.dtype.element_ty), mask=o_v < DV)
-        tl.store(lse + p_lse, tl.where(b_sum > 0, b_m * 0.6931471805599453 + tl.log(b_sum), -float("inf")))
+@triton.jit(do_not_specialize=["splits", "tokens_q", "heads"])
+def decode_combine(
+    Parts, Lses, Out, Lse, splits, tokens_q, heads,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Add the parts `[splits, N, H, DV]` of one row (query, head), in the order of the splits; the grid is (N * H,)."""
+    row = tl.program_id(0).to(tl.int64)
+    rows = heads * tokens_q.to(tl.int64)
+    lse_at = row % heads * tokens_q + row // heads  # Lse is [H, N]
+    offs_dv = tl.arange(0, BLOCK_DV)
+    inside = offs_dv < HEAD_DIM_V
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    total = 0.0
+    top = float("-inf")
+    for first in range(0, splits, BLOCK_S):
+        parts = first + tl.arange(0, BLOCK_S)
+        scores = tl.load(Lses + parts * rows + lse_at, mask=parts < splits, other=float("-inf")) * LOG2E
+        pointers = Parts + (parts[:, None] * rows + row) * HEAD_DIM_V + offs_dv[None, :]
+        part = tl.load(pointers, mask=(scores > float("-inf"))[:, None] & inside[None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(scores, 0))
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - finite_top)
+        shrink = tl.exp2(top - finite_top)
+        total = total * shrink + tl.sum(weights, 0)
+        acc = acc * shrink + tl.sum(part * weights[:, None], 0)
+        top = new_top
+    safe_total = tl.where(total > 0, total, 1.0)
+    lse = tl.where(total > 0, (top + tl.log2(safe_total)) * LN2, float("-inf"))
+    tl.store(Out + row * HEAD_DIM_V + offs_dv, (acc / safe_total).to(Out.dtype.element_ty), inside)
+    tl.store(Lse + lse_at, lse)
 
-    INTERPRETED = not isinstance(decode_kernel, triton.JITFunction)  # its bfloat16 products are wrong: upcast there
+
+INTERPRETED = not isinstance(decode_split, triton.JITFunction)  #: its products of bfloat16 are wrong: upcast there
 
 
 def decode_attention(
@@ -199,40 +186,46 @@ def decode_attention(
     dense: Tensor | None = None,
     softcap: float | None = None,
     scale: float,
+    map_q: Tensor | None = None,
+    map_k: Tensor | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend few queries per sequence (1 to about 16) to long keys, packed or in a cache.
 
     Args:
-        q_NHD: packed queries `[N, H, D]`, float16, bfloat16 or float32; D a multiple of 8 from 16 to 256.
+        q_NHD: packed queries `[N, H, D]`, float16, bfloat16 or float32; D up to 256.
         k: packed keys `[M, G, D]`, or a cache `[B, S, G, D]` (any strides, e.g. a transposed view).
         v: as k; its head dim may differ.
-        cu_q: integer `[B + 1]`, starts of the sequences' queries and their total N.
-        cu_k: packed: integer `[B + 1]` likewise. Cache: integer `[2, B]`, for each sequence the first of its columns
-            and the one after its last.
+        cu_q: integer `[B + 1]`, starts of the sequences' queries and their total; or `[2, B]`, for each sequence its
+            first row and the one after its last (rows of no sequence give 0).
+        cu_k: likewise for the keys; for a cache `[2, B]`, the columns of each sequence.
         max_q: upper bound on the queries of a sequence.
         max_k: upper bound on its keys; decides about the number of splits only.
         causal: the last query meets the last key, and no query looks ahead.
         window: `(left, right)`, None unbounded.
-        slopes: float32 `[H]`: add `-slope * |position - key|` (ALiBi).
-        lut: float32 `[H, 2R + 1]`: add `lut[head, clip(key - position, -R, R) + R]` (T5, relative).
+        slopes: `[H]`: add `-slope * |position - key|` (ALiBi).
+        lut: `[H, 2R + 1]`: add `lut[head, clip(key - position, -R, R) + R]` (T5, relative).
         dense: `[B | 1, H | 1, L | 1, S | 1]` to add; rows and columns count inside the sequences, in a cache the
             columns are the cache's. At most one of the three biases.
         softcap: bound of the scores, or None.
         scale: factor of the scores.
+        map_q: integer `[N]`, row of a dense bias that a query has; None: its rank in its sequence.
+        map_k: integer `[B, S]`, for a cache with padding anywhere: the columns of each sequence's keys in their order,
+            which `cu_k` then counts. The cache is read through it, not copied.
         splits: stretches of keys for each sequence; None: enough to fill the device.
 
     Returns:
         out `[N, H, Dv]` of q's dtype, 0 in rows without keys, and lse float32 `[H, N]`, -inf there.
 
     Raises:
-        ValueError: Triton is missing, or shapes, dtypes or head dims are outside of the above.
+        ValueError: shapes, dtypes or head dims are outside of the above.
     """
     left, right = window or (None, None)
     right = 0 if causal else right
     return torch.ops.urform.attention_triton_decode(
-        q_NHD, k, v, cu_q, cu_k, max_q, max_k, causal, left, right, slopes, lut, dense, softcap, scale, splits
-    )
+        q_NHD, k, v, cu_q, cu_k, max_q, max_k, causal, left, right, slopes, lut, dense, softcap, scale, map_q, map_k,
+        splits,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("urform::attention_triton_decode", mutates_args=())
@@ -252,45 +245,54 @@ def _decode(
     dense: Tensor | None,
     softcap: float | None,
     scale: float,
+    map_q: Tensor | None,
+    map_k: Tensor | None,
     splits: int | None,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, cu_q, cu_k, slopes, lut, dense)
+    _check(q, k, v, cu_q, cu_k, slopes, lut, dense, map_q, map_k)
     cache = k.dim() == 4
     queries, heads, dim = q.shape
     kv_heads, v_dim = v.shape[-2:]
-    group, batch = heads // kv_heads, cu_q.shape[0] - 1
-    starts, ends = (cu_k[0], cu_k[1]) if cache else (cu_k[:-1], cu_k[1:])
-    q, k, v = (_rows_of_eight(x) for x in (q, k, v))
+    group, batch = heads // kv_heads, _sequences(cu_q)
+    starts_q, ends_q = _bounds(cu_q)
+    starts_k, ends_k = _bounds(cu_k)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    strides = (*_strides(q), *_kv_strides(k), *_kv_strides(v))
+    unit = 1 if any(stride % 8 for stride in strides) else 8
+    map_q, map_k = (None if rows is None else rows.contiguous() for rows in (map_q, map_k))
     launch = decode_launch(q.dtype, dim, v_dim, group * max_q)
-    row_blocks = -(-group * max_q // launch["BM"])
-    programs = batch * kv_heads * row_blocks
+    tiles = -(-group * max_q // launch["BLOCK_M"])
+    programs = batch * kv_heads * tiles
     if splits is None:
         seen = max_k if left is None or right is None else min(max_k, left + right + max_q)
-        splits = _splits(programs, seen, launch["BN"], q.device)
+        splits = _splits(programs, seen, launch["BLOCK_N"], q.device)
     out = q.new_empty(queries, heads, v_dim)
     lse = q.new_empty(heads, queries, dtype=torch.float32)
+    if cu_q.dim() == 2:  # rows outside of the bounds are padding
+        out.zero_()
+        lse.fill_(-torch.inf)
     if programs == 0 or out.numel() == 0:
         return out, lse
     parts, lses = out, lse
     if splits > 1:
         parts = out.new_empty(splits, *out.shape, dtype=torch.float32)
         lses = lse.new_empty(splits, *lse.shape)
-    bias = "alibi" if slopes is not None else "lut" if lut is not None else "dense" if dense is not None else "none"
-    dense_strides = (0, 0, 0, 0) if dense is None else _broadcast_strides(dense)
-    decode_kernel[(programs, splits)](
-        q, k, v, parts, lses, cu_q, starts, ends, slopes, lut, dense,
-        kv_heads, queries, row_blocks, scale, softcap or 0.0, left or 0, right or 0,
-        0 if lut is None else lut.shape[1] // 2,
-        *(stride // 8 for stride in q.stride()[:2]),
-        *(stride // 8 for x in (k, v) for stride in (x.stride()[:3] if cache else (0, *x.stride()[:2]))),
-        *dense_strides,
-        GROUP=group, D=dim, DV=v_dim, CAUSAL=causal, LEFT=left is not None, RIGHT=right is not None, BIAS=bias,
-        SOFTCAP=softcap is not None, CACHE=cache, UPCAST=q.dtype == torch.bfloat16 and INTERPRETED, **launch,
-    )  # fmt: skip
-    if splits > 1:
-        combine_kernel[(queries * heads,)](
-            parts, lses, out, lse, splits, queries, heads, DV=v_dim, BV=launch["BV"], BS=16, num_warps=4
-        )
+        if cu_q.dim() == 2:
+            lses.fill_(-torch.inf)
+    bias, kind, bias_strides = _bias(slopes, lut, dense)
+    with torch.get_device_module(q.device).device(q.device) if q.is_cuda else contextlib.nullcontext():
+        decode_split[(programs, splits)](
+            q, k, v, parts, lses, starts_q, ends_q, starts_k, ends_k, bias, map_q, map_k, k.shape[1] if cache else 0,
+            *(stride // unit for stride in strides), *bias_strides, queries, tiles, kv_heads, left or 0, right or 0,
+            0 if lut is None else lut.shape[1] // 2, scale, softcap or 1.0, UNIT=unit, GROUP=group, HEAD_DIM=dim,
+            HEAD_DIM_V=v_dim, CAUSAL=causal, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+            SOFTCAP=softcap is not None, BIAS=kind, CACHE=cache and dense is not None,
+            UPCAST=INTERPRETED and q.dtype == torch.bfloat16, **launch,
+        )  # fmt: skip
+        if splits > 1:
+            decode_combine[(queries * heads,)](
+                parts, lses, out, lse, splits, queries, heads, HEAD_DIM_V=v_dim, BLOCK_DV=launch["BLOCK_DV"], BLOCK_S=16
+            )
     return out, lse
 
 
@@ -306,7 +308,15 @@ def _refuse_backward(context: object, *grads: Tensor) -> None:
     raise NotImplementedError("urform::attention_triton_decode has no gradient; train with attention(backend='triton')")
 
 
+def _refuse_vmap(*_: object, **__: object) -> None:
+    raise RuntimeError(
+        "urform::attention_triton_decode does not go under torch.func.vmap; its sequences already are a batch: fold "
+        "yours into them"
+    )
+
+
 _decode.register_autograd(_refuse_backward)
+_decode.register_vmap(_refuse_vmap)
 
 
 def decode_launch(dtype: torch.dtype, dim: int, v_dim: int, rows: int) -> dict[str, int]:
@@ -321,10 +331,10 @@ def decode_launch(dtype: torch.dtype, dim: int, v_dim: int, rows: int) -> dict[s
     width, v_width = (max(16, 1 << (d - 1).bit_length()) for d in (dim, v_dim))
     keys = 32768 // ((width + v_width) * dtype.itemsize)
     return {
-        "BM": min(max(16, 1 << (rows - 1).bit_length()), 64 if max(width, v_width) <= 128 else 32),
-        "BN": min(max(16, 1 << (keys.bit_length() - 1)), 128),
-        "BD": width,
-        "BV": v_width,
+        "BLOCK_M": min(max(16, 1 << (rows - 1).bit_length()), 64 if max(width, v_width) <= 128 else 32),
+        "BLOCK_N": min(max(16, 1 << (keys.bit_length() - 1)), 128),
+        "BLOCK_D": width,
+        "BLOCK_DV": v_width,
         "num_warps": 4,
         "num_stages": 2,
     }
@@ -339,43 +349,70 @@ def _splits(programs: int, keys: int, block: int, device: torch.device) -> int:
     return max(1, min(-(-keys // block), 2 * processors // max(programs, 1), MAX_SPLITS))
 
 
-def _rows_of_eight(x: Tensor) -> Tensor:
-    """Copy unless rows are dense and start at multiples of 8 elements, as the kernel assumes."""
-    *outer, last = zip(x.shape, x.stride(), strict=True)
-    fits = last[1] == 1 and all(stride % 8 == 0 for size, stride in outer if size > 1)
-    return x if fits else x.contiguous()
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of all but the last dimension; 0 where there is one element, whose stride PyTorch may make up."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
 
 
-def _broadcast_strides(x: Tensor) -> tuple[int, ...]:
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+def _kv_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of sequence, token and head; packed tokens have none of the first."""
+    return (0,) * (4 - x.dim()) + _strides(x)
+
+
+def _sequences(cu: Tensor) -> int:
+    return cu.shape[-1] - (cu.dim() == 1)
+
+
+def _bounds(cu: Tensor) -> tuple[Tensor, Tensor]:
+    """Starts and ends of the sequences, from `[B + 1]` or `[2, B]`."""
+    return (cu[:-1], cu[1:]) if cu.dim() == 1 else (cu[0].contiguous(), cu[1].contiguous())
+
+
+def _bias(
+    slopes: Tensor | None, lut: Tensor | None, dense: Tensor | None
+) -> tuple[Tensor | None, int, tuple[int, int, int, int]]:
+    """Give the kernel's bias: tensor, kind, strides of sequence, head, row and column."""
+    if slopes is not None:
+        return slopes.contiguous(), ALIBI.value, (0, 1, 0, 0)
+    if lut is not None:
+        return lut.contiguous(), TABLE.value, (0, lut.shape[1], 0, 0)
+    if dense is not None:
+        return dense, DENSE.value, _strides(dense[..., None])  # type: ignore[return-value]
+    return None, NO_BIAS.value, (0, 0, 0, 0)
 
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, slopes: Tensor | None, lut: Tensor | None,
-    dense: Tensor | None,
+    dense: Tensor | None, map_q: Tensor | None, map_k: Tensor | None,
 ) -> None:  # fmt: skip
     """Refuse by name what would read out of bounds or be silently wrong."""
-    if triton is None:
-        raise ValueError("decode_attention() needs Triton, which is not installed; pip install urform[triton]")
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; make them one of float16, bfloat16, float32")
     if q.dim() != 3 or k.dim() not in (3, 4) or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
         shapes = [tuple(x.shape) for x in (q, k, v)]
         raise ValueError(f"q, k, v have shapes {shapes}; give [N, H, D] and [M, G, D] or a cache [B, S, G, D]")
     for name, dim in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
-        if dim % 8 or not 16 <= dim <= 256:
-            raise ValueError(f"head dim {dim} of {name} must be a multiple of 8 from 16 to 256; pad it with zeros")
-    heads, kv_heads, batch = q.shape[1], k.shape[-2], cu_q.shape[0] - 1
+        if not 1 <= dim <= 256:
+            raise ValueError(f"head dim {dim} of {name} is not served; it must be from 1 to 256")
+    heads, kv_heads = q.shape[1], k.shape[-2]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q has {heads} heads, which must be a multiple of the {kv_heads} of k")
-    wanted = (2, batch) if k.dim() == 4 else (batch + 1,)
-    if tuple(cu_k.shape) != wanted:
-        raise ValueError(f"cu_k has shape {tuple(cu_k.shape)}; for {batch} sequences it must be {list(wanted)}")
+    for name, cu in (("cu_q", cu_q), ("cu_k", cu_k)):
+        if cu.dim() not in (1, 2) or (cu.dim() == 2 and cu.shape[0] != 2) or _sequences(cu) != _sequences(cu_q):
+            raise ValueError(
+                f"{name} has shape {tuple(cu.shape)}; give [B + 1] or [2, B] with the same B on both sides"
+            )
+    if k.dim() == 4 and (cu_k.dim() != 2 or k.shape[0] != cu_k.shape[1]):
+        raise ValueError(f"cu_k has shape {tuple(cu_k.shape)}; for a cache {tuple(k.shape)} give [2, {k.shape[0]}]")
     if sum(bias is not None for bias in (slopes, lut, dense)) > 1:
         raise ValueError("slopes, lut and dense exclude each other; add them up in a dense bias")
-    if slopes is not None and (slopes.dtype != torch.float32 or slopes.shape != (heads,)):
-        raise ValueError(f"slopes are {slopes.dtype} of shape {tuple(slopes.shape)}; give float32 [{heads}]")
-    if lut is not None and (lut.dtype != torch.float32 or lut.shape[:-1] != (heads,) or lut.shape[-1] % 2 == 0):
-        raise ValueError(f"lut is {lut.dtype} of shape {tuple(lut.shape)}; give float32 [{heads}, 2R + 1]")
+    if slopes is not None and slopes.shape != (heads,):
+        raise ValueError(f"slopes have shape {tuple(slopes.shape)}; give [{heads}]")
+    if lut is not None and (lut.dim() != 2 or lut.shape[0] != heads or lut.shape[1] % 2 == 0):
+        raise ValueError(f"lut has shape {tuple(lut.shape)}; give [{heads}, 2R + 1]")
     if dense is not None and dense.dim() != 4:
         raise ValueError(f"dense has shape {tuple(dense.shape)}; give [B | 1, H | 1, L | 1, S | 1]")
+    if map_q is not None and map_q.shape != q.shape[:1]:
+        raise ValueError(f"map_q has shape {tuple(map_q.shape)}; give [{q.shape[0]}], one row for each query")
+    if map_k is not None and (k.dim() != 4 or map_k.shape != k.shape[:2]):
+        raise ValueError(f"map_k has shape {tuple(map_k.shape)} and k {tuple(k.shape)}; it is for a cache, [B, S]")
