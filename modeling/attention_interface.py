@@ -141,7 +141,8 @@ def urform_attention_forward(
         plan = _plan_without_mask(causal, sliding_window, cu_seq_lens, position_ids, key.shape[0])
     elif isinstance(attention_mask, CompactMask):
         known = attention_mask.known
-        if known.full is None and known.shape == (key.shape[0], 1, length, kv_length):
+        readable = known.full is None and not is_tracing(query)
+        if readable and known.shape == (key.shape[0], 1, length, kv_length):
             plan = known.once(
                 (cu_seq_lens_q, cu_seq_lens_k, position_ids, cross),
                 lambda: _plan_of_mask(known, cu_seq_lens, position_ids, cross),
@@ -155,7 +156,8 @@ def urform_attention_forward(
     if cu_seq_lens is not None:
         # A mask over the packed row may hold more than we know (chunks, prefixes): it stays, and documents are kept
         # apart besides.
-        masks.append(_same_document(_packed(*cu_seq_lens[0]), _packed(*cu_seq_lens[1])))
+        (q_starts, _), (k_starts, _) = cu_seq_lens
+        masks.append((_documents(q_starts, length)[:, None] == _documents(k_starts, kv_length))[None, None])
     options["position_bias"] = _join(position_bias, masks, query.dtype)
     return _attend(_Plan(False, None), query, key, value, **options), None
 
@@ -255,8 +257,7 @@ def _plan_of_mask(
             return _Plan(known.causal, known.window, *(_packed(*side) for side in cu_seq_lens))
         if cross or not square or not (starts is k_starts or torch.equal(starts, k_starts)):
             return None
-        places = torch.arange(known.keys, device=starts.device)
-        told = torch.searchsorted(starts[1:].contiguous(), places.to(starts.dtype), right=True)[None]
+        told = _documents(starts, known.keys)[None]
         documents = told if documents is None else documents + told  # both go up, so their sum changes where one does
     elif position_ids is not None and square and padding is None and documents is None:
         layout = _restarted(position_ids, known.shape[0])
@@ -352,10 +353,10 @@ def _window(sliding_window: int | None) -> tuple[int, int] | None:
     return None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
 
 
-def _same_document(q_layout: Layout, kv_layout: Layout) -> Tensor:
-    """Bool `[1, 1, N, M]`: key and query are of one packed document."""
-    q_sequences_N, k_sequences_M = cast(Tensor, q_layout.sequences), cast(Tensor, kv_layout.sequences)
-    return (q_sequences_N[:, None] == k_sequences_M)[None, None]
+def _documents(cu_seq_lens: Tensor, length: int) -> Tensor:
+    """Number the documents of a packed row, `[length]`."""
+    places = torch.arange(length, device=cu_seq_lens.device, dtype=cu_seq_lens.dtype)
+    return torch.searchsorted(cu_seq_lens[1:].contiguous(), places, right=True)
 
 
 def _join(position_bias: Tensor | Bias | None, masks: list[Tensor | None], dtype: torch.dtype) -> Bias | None:

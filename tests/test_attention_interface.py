@@ -26,9 +26,11 @@ from transformers import (
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
+    masking_utils,
 )
 
 from urform.modeling.attention_interface import register_attention, urform_attention_forward, urform_mask
+from urform.modeling.attention_masks import CompactMask
 from urform.modeling.kernels.attention_biases import ALiBi
 from urform.modeling.kernels.attention_dispatch import attention
 from urform.modeling.kernels.attention_layouts import Layout
@@ -299,6 +301,95 @@ def test_refuses_by_name(options: dict[str, Any], words: list[str]) -> None:
         urform_attention_forward(**(given | options))
     for word in words:
         assert word in str(error.value)
+
+
+def eager_float64(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention `[B, H, L, D]` as the definition reads, in float64; rows that see nothing are 0."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = q.double() @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = scores + (0 if bias is None else bias.double())
+    weights = torch.nan_to_num(scores.masked_fill(~seen, -torch.inf).softmax(-1), 0.0)
+    return (weights @ v).transpose(1, 2)
+
+
+PADDINGS: dict[str, Any] = {
+    "none": None,
+    "ones": lambda mask: mask,
+    "left": lambda mask: mask.index_fill(1, torch.tensor([0, 1]), 0),
+    "ragged": lambda mask: mask.tril(mask.shape[1] - 4),
+    "both": lambda mask: mask.tril(mask.shape[1] - 2).triu(-1),
+    "empty row": lambda mask: mask.index_fill(0, torch.tensor([1]), 0),
+    "holes": lambda mask: mask.index_fill(1, torch.tensor([2, 4]), 0),
+}
+FUNCTIONS: dict[str, Any] = {
+    "causal": masking_utils.causal_mask_function,
+    "bidirectional": masking_utils.bidirectional_mask_function,
+    "sliding": masking_utils.sliding_window_causal_mask_function(3),
+    "sliding both": masking_utils.sliding_window_bidirectional_mask_function(2),
+    "wide": masking_utils.sliding_window_causal_mask_function(50),
+    "unknown": masking_utils.and_masks(
+        masking_utils.causal_mask_function, lambda batch, head, query, key: (query + key) % 3 != 0
+    ),
+}
+SIZES = {  # queries, keys, index of the first query, index of the first key
+    "no past": (8, 8, 0, 0),
+    "past": (3, 8, 5, 0),
+    "one query": (1, 8, 7, 0),
+    "static": (3, 8, 2, 0),
+    "static, tensor": (3, 8, torch.tensor(2), 0),
+    "static, one query": (1, 8, torch.tensor(4), 0),
+    "sliding cache": (4, 6, 6, 4),
+    "cross": (3, 8, 0, 0),
+}
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_masks_say_what_the_library_s_say(function: str, sizes: str, padding: str) -> None:
+    length, kv_length, q_offset, kv_offset = SIZES[sizes]
+    causal = function not in ("bidirectional", "sliding both")
+    total = kv_offset + kv_length
+    mask_2d = PADDINGS[padding] and PADDINGS[padding](torch.ones(B, total, dtype=torch.bool))
+    given: dict[str, Any] = dict(
+        batch_size=B, q_length=length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=FUNCTIONS[function], attention_mask=mask_2d,
+    )  # fmt: skip
+    given["local_size"] = {"sliding": 3, "sliding both": 2, "wide": 50}.get(function)
+    skips = dict(allow_is_causal_skip=causal and function != "unknown", allow_is_bidirectional_skip=not causal)
+    mask = urform_mask(**given, **skips)
+    seen = masking_utils.sdpa_mask(**given, allow_is_causal_skip=False)
+    known = function != "unknown" and not (length == 1 and isinstance(q_offset, Tensor))
+    if padding == "holes" and "sliding" in function or function == "sliding both" and length != kv_length:
+        known = False
+    padded = mask_2d is not None and not mask_2d[:, kv_offset:].all()
+    assert isinstance(mask, CompactMask) or not known or not padded
+
+    module = Module()
+    module.is_causal = causal
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, h, n, 8, generator=gen) for h, n in ((4, length), (2, kv_length), (2, kv_length)))
+    bias = torch.randn(1, 4, length, kv_length, generator=gen)
+    # Rows of padding may be anything, and are nothing in the reference.
+    real = torch.ones(B, length, dtype=torch.bool)
+    if causal and mask_2d is not None:
+        real = mask_2d[:, int(q_offset) : int(q_offset) + length]
+    elif function == "sliding both" and mask_2d is not None and length == kv_length:
+        real = mask_2d
+    for add in (None, bias):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)] + (
+            [] if add is None else [add.clone().requires_grad_()]
+        )
+        out, _ = urform_attention_forward(module, *inputs[:3], mask, position_bias=None if add is None else inputs[3])
+        want_inputs = [x.detach().double().requires_grad_() for x in inputs]
+        want = eager_float64(*want_inputs[:3], seen, None if add is None else want_inputs[3])
+        torch.testing.assert_close(out[real].double(), want[real], atol=2e-6, rtol=1e-5)
+        weight = torch.randn(out[real].shape, generator=gen)
+        got_grads = torch.autograd.grad((out[real] * weight).sum(), inputs)
+        want_grads = torch.autograd.grad((want[real] * weight).sum(), want_inputs)
+        for got, wanted in zip(got_grads, want_grads, strict=True):
+            torch.testing.assert_close(got.double(), wanted, atol=5e-6, rtol=1e-5)
 
 
 def test_mask_is_none_only_where_causality_says_it_all() -> None:
