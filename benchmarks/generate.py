@@ -1,0 +1,76 @@
+"""`generate` against MarianMTModel of the same size: new tokens per second.
+
+    python benchmarks/generate.py                                       # CPU, a few minutes
+    python benchmarks/generate.py --only d512 --new-tokens 64
+
+Greedy search and beam search with 4 beams for 32 sources of Multi30k's lengths, padded; the weights are random. The end
+token is barred until the last step (min_new_tokens = max_new_tokens), so all do the same number of steps; the encoder's
+pass is in the time. Weights are float32 or bfloat16, Marian's attention "sdpa" or "eager": each side's best counts.
+Tokens are those that are returned, one sequence per source.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from harness import Bench, Contender, arguments
+from torch import Tensor, nn
+from workloads import BASE, ENGLISH, PAD, SMALL, Size, pad, random_ids, translators
+
+
+def generation(model: nn.Module, inputs: dict[str, Tensor], new_tokens: int, beams: int) -> Callable[[int], None]:
+    """Give a call that generates for all sources and checks how many tokens came back."""
+
+    def call(round_: int) -> None:
+        ids = model.generate(
+            **inputs, do_sample=False, num_beams=beams, min_new_tokens=new_tokens, max_new_tokens=new_tokens
+        )
+        if ids.shape[1] != new_tokens + 1:
+            raise RuntimeError(f"{type(model).__name__} gave {ids.shape[1] - 1} tokens instead of {new_tokens}")
+
+    return call
+
+
+def compare(bench: Bench, name: str, size: Size, beams: int) -> None:
+    quick = bench.options.quick
+    size, sources, new_tokens = (size.quick(), 3, 4) if quick else (size, 32, bench.options.new_tokens)
+    generator = torch.Generator().manual_seed(0)
+    source = random_ids(ENGLISH.draw(sources, generator), size.vocabulary, generator)
+    input_ids = pad(source, PAD).to(bench.device)
+    inputs = {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long()}
+    contenders = []
+    for (side, variant), model in translators(size, ("sdpa", "eager")).items():
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            ready = copy.deepcopy(model).eval().to(bench.device, dtype)
+            call = generation(ready, inputs, new_tokens, beams)
+            contenders.append(Contender(side, f"{variant} {precision}".strip(), call))
+    configuration = {
+        "layers": size.layers, "hidden": size.hidden, "heads": size.heads, "vocabulary": size.vocabulary,
+        "sources": sources, "longest": input_ids.shape[1], "beams": beams, "new_tokens": new_tokens,
+    }  # fmt: skip
+    bench.compare(name, configuration, contenders, work=lambda i: sources * new_tokens)
+
+
+CASES: dict[str, Callable[[Bench, str], None]] = {
+    "d128-greedy": partial(compare, size=SMALL, beams=1),
+    "d128-beam4": partial(compare, size=SMALL, beams=4),
+    "d512-greedy": partial(compare, size=BASE, beams=1),
+    "d512-beam4": partial(compare, size=BASE, beams=4),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = arguments(__doc__, repeats=5, sizes=list(CASES))
+    parser.add_argument("--new-tokens", type=int, default=32, help="per source (default %(default)s)")
+    options = parser.parse_args(argv)
+    bench = Bench("generate", options, argv)
+    for name, run in CASES.items():
+        if bench.wants(name):
+            run(bench, name)
+    return bench.finish()
+
+
+if __name__ == "__main__":
+    main()
