@@ -16,8 +16,14 @@ from transformers import (
     BertModel,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+    MistralConfig,
+    MistralForCausalLM,
     ModernBertConfig,
     ModernBertModel,
     PreTrainedModel,
@@ -51,6 +57,8 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
         Qwen3ForCausalLM,
         Qwen3Config(**DECODER, use_sliding_window=True, sliding_window=4, max_window_layers=1),
     ),
+    "mistral": (MistralForCausalLM, MistralConfig(**DECODER, sliding_window=4)),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
     "gemma2": (
         Gemma2ForCausalLM,
         Gemma2Config(**DECODER, sliding_window=4, attn_logit_softcapping=3.0, query_pre_attn_scalar=8),
@@ -60,9 +68,10 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
         T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, decoder_start_token_id=0),
     ),
     "bart": (BartForConditionalGeneration, BartConfig(**BART)),
+    "marian": (MarianMTModel, MarianConfig(**BART, decoder_start_token_id=0)),
 }
-ENCODER_DECODERS = ("t5", "bart")
-DECODERS = ("llama", "qwen3-sliding", "gemma2")
+ENCODER_DECODERS = ("t5", "bart", "marian")
+DECODERS = ("llama", "qwen3-sliding", "mistral", "gpt2", "gemma2")
 B, L = 3, 11
 
 
@@ -76,22 +85,26 @@ def _quiet() -> Any:
 def build(family: str, implementation: str, dropout: float = 0.0) -> PreTrainedModel:
     cls, config = FAMILIES[family]
     config = copy.deepcopy(config)
-    for name in ("attention_dropout", "attention_probs_dropout_prob", "dropout_rate"):
-        if hasattr(config, name):
+    for name in ("attention_dropout", "attention_probs_dropout_prob", "dropout_rate", "attn_pdrop"):
+        if name in config.to_dict():
             setattr(config, name, dropout)
     torch.manual_seed(0)
     model = cls._from_config(config, attn_implementation=implementation).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # away from the near-uniform attention of a fresh model
+        for name, parameter in model.named_parameters():  # away from the near-uniform attention of a fresh model
             if parameter.dim() > 1:
                 parameter.mul_(4)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.2)
     return model
 
 
 def mask_of(kind: str) -> Tensor:
     mask = torch.ones(B, L, dtype=torch.long)
     mask[1, 7:], mask[2, 2:] = 0, 0
-    return mask.flip(1) if kind == "left" else mask if kind == "right" else torch.ones_like(mask)
+    if kind == "both":
+        mask = mask.roll(2, 1)
+    return mask.flip(1) if kind == "left" else torch.ones_like(mask) if kind == "none" else mask
 
 
 def inputs(family: str, kind: str | None) -> dict[str, Tensor]:
@@ -102,7 +115,8 @@ def inputs(family: str, kind: str | None) -> dict[str, Tensor]:
     if family in ENCODER_DECODERS:
         given["decoder_input_ids"] = torch.randint(3, 50, (B, 7))
         if kind is not None:
-            given["decoder_attention_mask"] = mask_of(kind)[:, -7:] if kind == "left" else mask_of(kind)[:, :7]
+            # The other way round than the source, and of other lengths
+            given["decoder_attention_mask"] = mask_of({"left": "right", "right": "left"}.get(kind, kind))[:, 2:-2]
     return given
 
 
@@ -112,7 +126,7 @@ def real(family: str, given: dict[str, Tensor]) -> Tensor:
     return given.get(f"{name}attention_mask", torch.ones_like(given[f"{name}input_ids"])).bool()
 
 
-@pytest.mark.parametrize("kind", [None, "none", "left", "right"])
+@pytest.mark.parametrize("kind", [None, "none", "left", "right", "both"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_are_eager_s(family: str, kind: str | None) -> None:
     given = inputs(family, kind)
@@ -125,43 +139,139 @@ def test_outputs_and_gradients_are_eager_s(family: str, kind: str | None) -> Non
         results.append((out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (want, want_grads), (got, got_grads) = results
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
-    assert got_grads.keys() == want_grads.keys()
-    for name, grad in want_grads.items():
+    assert_gradients(got_grads, want_grads)
+
+
+SIZES_PACKED = (6, 1, 7)
+STARTS = torch.tensor([0, 6, 7, 14], dtype=torch.int32)
+BY_LENGTHS: dict[str, Any] = dict(cu_seq_lens_q=STARTS, cu_seq_lens_k=STARTS, max_length_q=7, max_length_k=7)
+
+
+def packed(rows: int = 1) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(3, 50, (rows, 14), generator=torch.Generator().manual_seed(2))
+    return ids, torch.cat([torch.arange(n) for n in SIZES_PACKED])[None].expand(rows, -1)
+
+
+def each_alone(family: str, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """What eager gives for each document by itself, and the gradients of all together."""
+    model = build(family, "eager")
+    rows = [
+        torch.cat([model(input_ids=part)[0] for part in row[None].split(SIZES_PACKED, dim=1)], dim=1) for row in ids
+    ]
+    return torch.cat(rows), gradients(model, torch.cat(rows))
+
+
+def gradients(model: PreTrainedModel, out: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    out.square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_gradients(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, grad in want.items():
         scale = grad.abs().max().item()
         torch.testing.assert_close(
-            got_grads[name], grad, atol=1e-4 * scale + 1e-7, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+            got[name], grad, atol=2e-5 * scale + 1e-7, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
-@pytest.mark.parametrize("family", DECODERS)
-def test_packing_by_position_ids(family: str) -> None:
-    torch.manual_seed(2)
-    ids, sizes = torch.randint(3, 50, (1, 14)), (6, 1, 7)
-    positions = torch.cat([torch.arange(n) for n in sizes])[None]
-    starts = torch.tensor([0, 6, 7, 14], dtype=torch.int32)
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "use_cache"), [("bert", False), *((name, cached) for name in DECODERS for cached in (False, True))]
+)
+def test_packing_by_position_ids(family: str, use_cache: bool, rows: int) -> None:
+    """With a cache too, and in BERT, where eager and sdpa let documents see each other."""
+    ids, positions = packed(rows)
+    alone, want_grads = each_alone(family, ids)
+    options = {} if family == "bert" else {"use_cache": use_cache}
     model = build(family, "urform")
-    packed = model(input_ids=ids, position_ids=positions, use_cache=False)[0]
-    eager = build(family, "eager")(input_ids=ids, position_ids=positions, use_cache=False)[0]
-    torch.testing.assert_close(packed, eager, atol=2e-5, rtol=1e-4)
-    alone = torch.cat([model(input_ids=part)[0] for part in ids.split(sizes, dim=1)], dim=1)
-    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
-    lengths = dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=7, max_length_k=7)
+    out = model(input_ids=ids, position_ids=positions, **options)[0]
+    torch.testing.assert_close(out, alone, atol=2e-5, rtol=1e-4)
+    assert_gradients(gradients(model, out), want_grads)
+    if family != "bert" and not use_cache:
+        eager = build(family, "eager")(input_ids=ids, position_ids=positions, use_cache=False)[0]
+        torch.testing.assert_close(out, eager, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [*DECODERS, "bert", "modernbert"])
+def test_packing_by_cu_seq_lens(family: str) -> None:
+    ids, positions = packed()
+    alone, want_grads = each_alone(family, ids)
+    model = build(family, "urform")
     for mask in (None, torch.ones_like(ids)):  # the ones hide the packing from the library's mask builders
-        by_lengths = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, **lengths)[0]
-        torch.testing.assert_close(by_lengths, alone, atol=2e-5, rtol=1e-4)
+        for use_cache in ({"use_cache": False}, {"use_cache": True}) if family in DECODERS else ({},):
+            out = model(input_ids=ids, position_ids=positions, attention_mask=mask, **use_cache, **BY_LENGTHS)[0]
+            torch.testing.assert_close(out, alone, atol=2e-5, rtol=1e-4)
+            assert_gradients(gradients(model, out), want_grads)
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
-def test_packed_encoders_keep_documents_apart_by_cu_seq_lens(family: str) -> None:
-    torch.manual_seed(2)
-    ids, sizes = torch.randint(3, 50, (1, 14)), (6, 1, 7)
-    positions = torch.cat([torch.arange(n) for n in sizes])[None]
-    starts = torch.tensor([0, 6, 7, 14], dtype=torch.int32)
+@pytest.mark.parametrize("family", [*DECODERS, "bert", "modernbert"])
+def test_packing_with_padding_behind(family: str) -> None:
+    ids, positions = packed()
+    alone, _ = each_alone(family, ids)
+    ids = torch.nn.functional.pad(ids, (0, 2), value=3)
+    positions = torch.cat([positions, torch.arange(2)[None]], dim=1)
+    starts = torch.tensor([0, 6, 7, 14, 16])
+    mask = (torch.arange(16) < 14).long()[None]
+    lengths = dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts.clone(), max_length_q=7, max_length_k=7)
+    out = build(family, "urform")(input_ids=ids, position_ids=positions, attention_mask=mask, **lengths)[0]
+    torch.testing.assert_close(out[:, :14], alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_packed_t5(equal: bool) -> None:
+    """Its bias comes for the whole row; cut by documents it is that of each alone. Lengths differ between the sides."""
+    source_sizes, target_sizes = ((6, 1, 7), (2, 5, 7)) if equal else ((6, 1, 7), (2, 5, 4))
+    gen = torch.Generator().manual_seed(3)
+    source, target = (torch.randint(3, 50, (1, sum(n)), generator=gen) for n in (source_sizes, target_sizes))
+    starts = [torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in (source_sizes, target_sizes)]
+    eager = build("t5", "eager")
+    pairs = zip(source.split(source_sizes, 1), target.split(target_sizes, 1), strict=True)
+    alone = torch.cat([eager(input_ids=a, decoder_input_ids=b)[0] for a, b in pairs], dim=1)
+    model = build("t5", "urform")
+    out = model(
+        input_ids=source, decoder_input_ids=target, cu_seq_lens_q=starts[1], cu_seq_lens_k=starts[0],
+        max_length_q=max(target_sizes), max_length_k=max(source_sizes),
+    )[0]  # fmt: skip
+    torch.testing.assert_close(out, alone, atol=2e-5, rtol=1e-4)
+    assert_gradients(gradients(model, out), gradients(eager, alone))
+
+
+@pytest.mark.parametrize("family", ["bart", "marian"])
+def test_packed_encoder_decoders_keep_documents_apart(family: str) -> None:
+    """Positions count on through the row in these models, but nothing else crosses."""
+    source, _ = packed()
+    target = source.flip(1)[:, :11]
+    lengths = dict(cu_seq_lens_q=torch.tensor([0, 2, 7, 11]), cu_seq_lens_k=torch.tensor([0, 6, 7, 14]))
     model = build(family, "urform")
-    lengths = dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=7, max_length_k=7)
-    packed = model(input_ids=ids, position_ids=positions, **lengths)[0]
-    alone = torch.cat([model(input_ids=part)[0] for part in ids.split(sizes, dim=1)], dim=1)
-    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
+    out = model(input_ids=source, decoder_input_ids=target, **lengths)[0]
+    source[:, 6] = source[:, 6] % 40 + 5
+    target[:, 2:7] = target[:, 2:7] % 40 + 5
+    moved = model(input_ids=source, decoder_input_ids=target, **lengths)[0]
+    same = (out == moved).all(-1)[0]
+    assert same.tolist() == [True] * 2 + [False] * 5 + [True] * 4
+
+
+def test_positions_that_do_not_restart_tell_nothing() -> None:
+    """Grouped positions, jumps, and positions all the same are no packing."""
+    model, eager = build("llama", "urform"), build("llama", "eager")
+    ids = packed()[0][:, :6]
+    for positions in ([0, 0, 1, 1, 2, 2], [0, 1, 2, 7, 8, 9], [0] * 6, [5, 4, 3, 2, 1, 0]):
+        given = dict(input_ids=ids, position_ids=torch.tensor([positions]), use_cache=True)
+        torch.testing.assert_close(model(**given)[0], eager(**given)[0], atol=2e-5, rtol=1e-4)
+
+
+def test_positions_changed_in_place_are_read_again() -> None:
+    ids, positions = packed()
+    positions = positions.clone()
+    model = build("bert", "urform")
+    first = model(input_ids=ids, position_ids=positions)[0]
+    positions.copy_(torch.arange(14))
+    want = build("bert", "eager")(input_ids=ids, position_ids=positions)[0]
+    got = model(input_ids=ids, position_ids=positions)[0]
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(first, got)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -361,7 +471,7 @@ def test_masks_say_what_the_library_s_say(function: str, sizes: str, padding: st
     mask = urform_mask(**given, **skips)
     seen = masking_utils.sdpa_mask(**given, allow_is_causal_skip=False)
     known = function != "unknown" and not (length == 1 and isinstance(q_offset, Tensor))
-    if padding == "holes" and "sliding" in function or function == "sliding both" and length != kv_length:
+    if (padding == "holes" and "sliding" in function) or (function == "sliding both" and length != kv_length):
         known = False
     padded = mask_2d is not None and not mask_2d[:, kv_offset:].all()
     assert isinstance(mask, CompactMask) or not known or not padded
