@@ -29,6 +29,10 @@ class Bias:
             q_positions: integer `[B | 1, L]`, positions of the queries (already shifted, if causal).
             k_positions: integer `[B | 1, S]`, positions of the keys.
         """
+        return self.by_distance(k_positions[:, None, :] - q_positions[:, :, None]).transpose(0, 1)
+
+    def by_distance(self, ahead: Tensor) -> Tensor:
+        """Give a positional bias by `key - position` (integer, any shape): `[H, ...]`."""
         raise NotImplementedError
 
     def check(self, batch: int, heads: int, q_length: int, kv_length: int, *, packed: tuple[bool, bool]) -> None:
@@ -50,11 +54,6 @@ def _require_weight(name: str, weight: Tensor, dims: int, shape: str) -> None:
         raise ValueError(f"{name} must be a floating-point {shape}, got {weight.dtype} of shape {tuple(weight.shape)}")
 
 
-def _ahead(q_positions: Tensor, k_positions: Tensor) -> Tensor:
-    """Key position minus query position, `[B | 1, L, S]`."""
-    return k_positions[:, None, :] - q_positions[:, :, None]
-
-
 class ALiBi(Bias):
     """Add `-slope * |position - key|` (Press et al. 2022, "Train Short, Test Long", section 3).
 
@@ -73,11 +72,10 @@ class ALiBi(Bias):
         """The slopes `[H]`."""
         return self.weight
 
-    def dense(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        """Give the bias `[B | 1, H, L, S]`, in float32 or wider: products with long distances need the digits."""
+    def by_distance(self, ahead: Tensor) -> Tensor:
+        """Give the bias `[H, ...]`, in float32 or wider: products with long distances need the digits."""
         slopes_H = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        distance_BLS = _ahead(q_positions, k_positions).abs().to(slopes_H.dtype)
-        return -slopes_H[:, None, None] * distance_BLS[:, None]
+        return -slopes_H.view(-1, *(1 for _ in ahead.shape)) * ahead.abs().to(slopes_H.dtype)
 
     def check(self, batch: int, heads: int, q_length: int, kv_length: int, *, packed: tuple[bool, bool]) -> None:
         """Raise ValueError unless there is a slope for each head."""
@@ -126,9 +124,9 @@ class T5Bias(Bias):
         far = (exact + (octave * (buckets - exact)).long()).clamp(max=buckets - 1)
         return first + torch.where(distance < exact, distance, far)
 
-    def dense(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        """Give the bias `[B | 1, H, L, S]`."""
-        return F.embedding(self.bucket(_ahead(q_positions, k_positions)), self.weight).permute(0, 3, 1, 2)
+    def by_distance(self, ahead: Tensor) -> Tensor:
+        """Give the bias `[H, ...]`."""
+        return F.embedding(self.bucket(ahead), self.weight).movedim(-1, 0)
 
     def check(self, batch: int, heads: int, q_length: int, kv_length: int, *, packed: tuple[bool, bool]) -> None:
         """Raise ValueError unless the table has a column for each head."""
@@ -155,11 +153,10 @@ class RelativeBias(Bias):
         """The table `[H, 2R + 1]`."""
         return self.weight
 
-    def dense(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        """Give the bias `[B | 1, H, L, S]`."""
+    def by_distance(self, ahead: Tensor) -> Tensor:
+        """Give the bias `[H, ...]`."""
         reach = self.weight.shape[1] // 2
-        index_BLS = _ahead(q_positions, k_positions).clamp(-reach, reach) + reach
-        return F.embedding(index_BLS, self.weight.t()).permute(0, 3, 1, 2)
+        return F.embedding(ahead.clamp(-reach, reach) + reach, self.weight.t()).movedim(-1, 0)
 
     def check(self, batch: int, heads: int, q_length: int, kv_length: int, *, packed: tuple[bool, bool]) -> None:
         """Raise ValueError unless the table has a row for each head."""
@@ -202,7 +199,7 @@ class DenseBias(Bias):
         wanted = (batch, heads, q_length, kv_length)
         longer_is_fine = (False, False, *packed)
         for size, want, longer in zip(shape, wanted, longer_is_fine, strict=True):
-            if size not in (1, want) and not (longer and size > want):
+            if size != 1 and size != want and not (longer and size > want):  # `in` fails on symbolic sizes
                 raise ValueError(
                     f"DenseBias tensor of shape {tuple(self.weight.shape)} does not broadcast to "
                     f"[B, H, L, S] = {list(wanted)}; give each dimension that size or 1"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .attention_biases import Bias
+from .attention_blockwise import blockwise_attention
 from .attention_layouts import Layout
 from .attention_reference import reference_attention
 from .attention_sdpa import sdpa_attention
@@ -46,6 +47,7 @@ class Backend:
 
 #: The capability table, fastest first: `backend="auto"` takes the first backend that serves the case.
 BACKENDS: dict[str, Backend] = {
+    "blockwise": Backend(blockwise_attention, frozenset(FEATURES)),
     "sdpa": Backend(sdpa_attention, frozenset(FEATURES) - {"softcap", "seed", "lse"}),
     "reference": Backend(reference_attention, frozenset(FEATURES)),
 }
@@ -202,9 +204,9 @@ def _check_layout(name: str, x: Tensor, layout: Layout | None) -> Layout:
         raise ValueError(f"{argument} must be a Layout, got {type(layout).__name__}; use Layout.padded(mask)")
     if layout.lengths.device != x.device:
         raise ValueError(f"{argument} is on {layout.lengths.device} but {name} is on {x.device}; move one of them")
-    if layout.sequences is not None:
-        if x.dim() != 3 or x.shape[0] != layout.sequences.shape[0]:
-            tokens = layout.sequences.shape[0]
+    if layout.is_packed:
+        tokens = None if layout.known_sizes is None else sum(layout.known_sizes)
+        if x.dim() != 3 or tokens not in (None, x.shape[0]):
             raise ValueError(f"{argument} packs {tokens} tokens (the last of cu_seqlens) but {name} is {_of(x)}; pass "
                              f"[{tokens}, heads, dim]")  # fmt: skip
     elif x.dim() != 4 or tuple(x.shape[:2]) != (layout.batch, layout.length):

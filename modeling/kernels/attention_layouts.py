@@ -8,9 +8,10 @@ Shapes: B sequences, L queries, S keys, N packed tokens. `_BL` in a name is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,26 +21,24 @@ from torch import Tensor
 class Layout:
     """Where the tokens of each sequence are. Make one with `Layout.padded`, `Layout.packed` or `Layout.full`.
 
+    One layout serves every layer of a forward pass: what backends derive from it is computed once and kept in `memo`.
+
     Attributes:
         batch: number of sequences B.
-        length: length of the padded tensor, or of the longest packed sequence.
+        length: length of the padded tensor, or an upper bound on the packed sequences' lengths.
         lengths: int64 `[B]`, real tokens of each sequence.
-        positions: int64, rank of each token among the real tokens of its sequence: `[B, L]` (or `[1, L]` when nothing
-            is padded), packed `[N]`. Its value at padding means nothing.
         mask: bool `[B, L]`, True at real tokens; None where every token is real, and when packed.
         cu_seqlens: int64 `[B + 1]` when packed, else None.
-        sequences: int64 `[N]` when packed, the sequence of each token; else None.
-        sizes: `lengths` on the host, where they are known there (packed, or padded on the right by `ragged`).
+        known_sizes: `lengths` on the host, where they came from there.
     """
 
     batch: int
     length: int
     lengths: Tensor
-    positions: Tensor
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
-    sequences: Tensor | None = None
-    sizes: tuple[int, ...] | None = None
+    known_sizes: tuple[int, ...] | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def padded(cls, mask: Tensor) -> Layout:
@@ -56,58 +55,87 @@ class Layout:
         if mask.is_floating_point() or mask.is_complex():
             raise ValueError(f"mask must be bool or integer, got {mask.dtype}; an additive mask is a DenseBias")
         mask_BL = mask if mask.dtype == torch.bool else mask != 0
-        ranks_BL = mask_BL.cumsum(-1)
-        return cls(mask.shape[0], mask.shape[1], mask_BL.sum(-1), ranks_BL - 1, mask=mask_BL)
+        return cls(mask.shape[0], mask.shape[1], mask_BL.sum(-1), mask=mask_BL)
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, max_length: int | None = None) -> Layout:
         """Lay sequences out end to end in an `[N, ...]` tensor.
 
-        Reads `cu_seqlens` to the host once, here; a layout serves every layer of a forward pass.
+        On a CPU, or without `max_length`, `cu_seqlens` is read to the host and checked. On an accelerator with
+        `max_length` nothing waits for the device, and in a compiled graph nothing is read.
 
         Args:
             cu_seqlens: `[B + 1]` int32 or int64, starts of the sequences and the total: `[0, l1, l1 + l2, ..., N]`.
-            max_length: an upper bound on the sequences' lengths (checked); None takes the longest.
+            max_length: an upper bound on the sequences' lengths (checked where they are read); None takes the longest.
 
         Raises:
-            ValueError: wrong shape or dtype, not starting at 0, decreasing, or a sequence above `max_length`.
+            ValueError: wrong shape or dtype, not starting at 0, decreasing, or a sequence above `max_length`; no
+                `max_length` in a compiled graph.
         """
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             raise ValueError(f"cu_seqlens must be [batch + 1], got shape {tuple(cu_seqlens.shape)}")
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}; convert it")
-        starts: list[int] = cu_seqlens.tolist()
-        if starts[0] != 0:
-            raise ValueError(f"cu_seqlens must start at 0, got {starts[0]}; prepend 0 to the cumulated lengths")
-        sizes = tuple(end - start for start, end in pairwise(starts))
-        if min(sizes, default=0) < 0:
-            at = next(i for i, size in enumerate(sizes) if size < 0)
-            raise ValueError(f"cu_seqlens must not decrease, got {starts[at]} then {starts[at + 1]} at index {at + 1}")
-        longest = max(sizes, default=0)
-        if max_length is not None and max_length < longest:
-            raise ValueError(f"max_length={max_length} is below the longest sequence ({longest}); pass at least that")
+        sizes = None
+        if torch.compiler.is_compiling():
+            if max_length is None:
+                raise ValueError("max_length=None needs cu_seqlens on the host, which a compiled graph has not; pass it")
+        elif max_length is None or cu_seqlens.device.type == "cpu":
+            sizes = _checked_sizes(cu_seqlens.tolist(), max_length)
         cu = cu_seqlens.to(torch.int64)
-        lengths_B = cu.diff()
-        sequences_N = torch.repeat_interleave(
-            torch.arange(len(sizes), device=cu.device), lengths_B, output_size=starts[-1]
-        )
-        rows_N = torch.arange(starts[-1], device=cu.device) - cu[sequences_N]
-        return cls(len(sizes), longest, lengths_B, rows_N, cu_seqlens=cu, sequences=sequences_N, sizes=sizes)
+        length = max(sizes, default=0) if sizes is not None else max_length
+        return cls(len(cu) - 1, length or 0, cu.diff(), cu_seqlens=cu, known_sizes=sizes)
 
     @classmethod
     def full(cls, batch: int, length: int, device: torch.device | str = "cpu") -> Layout:
         """Lay `batch` sequences of the same `length` out without padding."""
         lengths_B = torch.full((batch,), length, device=device)
-        return cls(batch, length, lengths_B, torch.arange(length, device=device)[None])
+        return cls(batch, length, lengths_B, known_sizes=(length,) * batch)
 
     @classmethod
     def ragged(cls, sizes: Sequence[int], device: torch.device | str = "cpu", min_length: int = 0) -> Layout:
         """Lay sequences of known sizes out padded on the right; no mask where they fill the tensor."""
         length = max(min_length, *sizes) if sizes else min_length
         lengths_B = torch.tensor(sizes, dtype=torch.int64, device=device)
-        positions_1L = torch.arange(length, device=device)[None]
-        mask_BL = None if min(sizes, default=length) == length else positions_1L < lengths_B[:, None]
-        return cls(len(sizes), length, lengths_B, positions_1L, mask=mask_BL, sizes=tuple(sizes))
+        mask_BL = None
+        if min(sizes, default=length) < length:
+            mask_BL = torch.arange(length, device=device) < lengths_B[:, None]
+        return cls(len(sizes), length, lengths_B, mask=mask_BL, known_sizes=tuple(sizes))
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Make something from this layout once, and keep it with the layout (not inside a compiled graph)."""
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Lengths of the sequences on the host; waits for the device where they are not known."""
+        return self.known_sizes or self.once("sizes", lambda: tuple(self.lengths.tolist()))
+
+    @property
+    def positions(self) -> Tensor:
+        """Rank of each token among the real tokens of its sequence: int64 `[B | 1, L]`, packed `[N]`.
+
+        Its value at padding means nothing.
+        """
+        return self.once("positions", self._positions)
+
+    def _positions(self) -> Tensor:
+        if self.cu_seqlens is not None:
+            return torch.arange(len(self.sequences), device=self.lengths.device) - self.cu_seqlens[self.sequences]
+        if self.mask is None or self.known_sizes is not None:  # padded on the right, if at all
+            return torch.arange(self.length, device=self.lengths.device)[None]
+        return self.mask.cumsum(-1) - 1
+
+    @property
+    def sequences(self) -> Tensor:
+        """The sequence of each packed token, int64 `[N]`."""
+        numbers_B = torch.arange(self.batch, device=self.lengths.device)
+        total = sum(self.sizes)
+        return self.once("sequences", lambda: torch.repeat_interleave(numbers_B, self.lengths, output_size=total))
 
     @property
     def is_packed(self) -> bool:
@@ -116,7 +144,7 @@ class Layout:
 
     def as_padded(self) -> Layout:
         """Give the layout of `pad(x)`: itself, or the packed sequences padded on the right."""
-        return self if self.sizes is None or not self.is_packed else Layout.ragged(self.sizes, self.lengths.device)
+        return Layout.ragged(self.sizes, self.lengths.device) if self.is_packed else self
 
     def pad(self, x: Tensor) -> Tensor:
         """Copy packed `[N, ...]` to `[B, length, ...]`, padding with real tokens; a padded tensor is returned as is."""
@@ -134,11 +162,11 @@ class Layout:
 
     def unpad(self, x_BL: Tensor) -> Tensor:
         """Undo `pad`."""
-        return x_BL if self.sequences is None else x_BL[self.sequences, self.positions]
+        return x_BL[self.sequences, self.positions] if self.is_packed else x_BL
 
     def clean(self, x_BL: Tensor) -> Tensor:
         """Zero the padding, so that not even a NaN there reaches a real token through 0 * NaN."""
-        if self.mask is None or (self.sizes is not None and min(self.sizes) > 0):  # padding repeats its own sequence
+        if self.mask is None or (self.known_sizes and min(self.known_sizes) > 0):  # padding repeats its own sequence
             return x_BL
         return x_BL.masked_fill(~self.mask[:, :, None, None], 0)
 
@@ -150,7 +178,7 @@ def query_positions(q_layout: Layout, kv_layout: Layout, causal: bool) -> Tensor
     """
     if not causal:
         return q_layout.positions
-    if q_layout.sizes is not None and q_layout.sizes == kv_layout.sizes:
+    if q_layout.known_sizes is not None and q_layout.known_sizes == kv_layout.known_sizes:
         return q_layout.positions
     if q_layout.mask is None and kv_layout.mask is None:
         return q_layout.positions + (kv_layout.length - q_layout.length)
@@ -178,3 +206,17 @@ def visible(
     for bound_BLS in bounds:
         keep = bound_BLS[:, None] if keep is None else keep & bound_BLS[:, None]
     return keep
+
+
+def _checked_sizes(starts: list[int], max_length: int | None) -> tuple[int, ...]:
+    """Lengths of packed sequences from their starts and the total."""
+    if starts[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {starts[0]}; prepend 0 to the cumulated lengths")
+    sizes = tuple(end - start for start, end in pairwise(starts))
+    if min(sizes, default=0) < 0:
+        at = next(i for i, size in enumerate(sizes) if size < 0)
+        raise ValueError(f"cu_seqlens must not decrease, got {starts[at]} then {starts[at + 1]} at index {at + 1}")
+    longest = max(sizes, default=0)
+    if max_length is not None and max_length < longest:
+        raise ValueError(f"max_length={max_length} is below the longest sequence ({longest}); pass at least that")
+    return sizes

@@ -84,18 +84,29 @@ def dropout_keep(seed: int | Tensor, q_grid: Layout, kv_grid: Layout, heads: int
     Returns:
         bool `[B, H, L, S]`.
     """
-    device = q_grid.positions.device
+    sequences_B = torch.arange(q_grid.batch, device=q_grid.positions.device)
+    return keep_tile(seed, sequences_B, heads, q_grid.positions, kv_grid.positions, dropout_p)
+
+
+def keep_tile(
+    seed: int | Tensor, sequences_n: Tensor, heads: int, rows_nL: Tensor, columns_nS: Tensor, dropout_p: float
+) -> Tensor:
+    """Decide as `dropout_keep` for some sequences, rows and columns: `[n]`, `[n | 1, L]`, `[n | 1, S]` to `[n, H, L, S]`.
+
+    `seed` is an int or a 0-dim int64 tensor.
+    """
+    device = sequences_n.device
     if isinstance(seed, Tensor):
         seed64 = seed.to(device, torch.int64)
     else:
         seed64 = torch.full((), seed, dtype=torch.int64, device=device)
     key = mix32(mix32(_low32(seed64)) ^ _low32(seed64 >> 32))
-    key_B111 = mix32(key ^ torch.arange(q_grid.batch, dtype=torch.int32, device=device)[:, None, None, None])
-    key_BH11 = mix32(key_B111 ^ torch.arange(heads, dtype=torch.int32, device=device)[:, None, None])
-    key_BHL1 = mix32(key_BH11 ^ q_grid.positions.to(torch.int32)[:, None, :, None])
-    columns_B11S = kv_grid.positions.to(torch.int32)[:, None, None, :] * GOLDEN
-    hash_BHLS = mix32(key_BHL1 ^ columns_B11S)
-    return ((hash_BHLS >> 8) & 0xFFFFFF) >= round(dropout_p * (1 << 24))
+    key_n111 = mix32(key ^ sequences_n.to(torch.int32)[:, None, None, None])
+    key_nH11 = mix32(key_n111 ^ torch.arange(heads, dtype=torch.int32, device=device)[:, None, None])
+    key_nHL1 = mix32(key_nH11 ^ rows_nL.to(torch.int32)[:, None, :, None])
+    columns_n11S = columns_nS.to(torch.int32)[:, None, None, :] * GOLDEN
+    hash_nHLS = mix32(key_nHL1 ^ columns_n11S)
+    return ((hash_nHLS >> 8) & 0xFFFFFF) >= round(dropout_p * (1 << 24))
 
 
 def mix32(x: Tensor) -> Tensor:

@@ -67,7 +67,9 @@ def _padded(
     v_BGSD = kv_grid.clean(v_BSGD).transpose(1, 2)
     # When queries and keys start together and padding is at the end, PyTorch's own causal flag hides the padding too.
     aligned = q_grid.length == kv_grid.length and (
-        q_grid.sizes == kv_grid.sizes if q_grid.sizes and kv_grid.sizes else q_grid.mask is kv_grid.mask is None
+        q_grid.known_sizes == kv_grid.known_sizes
+        if q_grid.known_sizes and kv_grid.known_sizes
+        else q_grid.mask is kv_grid.mask is None
     )
     by_flag = causal and aligned and bias is None and (window is None or window[0] is None)
     mask = None if by_flag else visible(q_grid, kv_grid, causal, window)
@@ -109,7 +111,7 @@ def _bucketed(
     dropout_p: float,
 ) -> Tensor:
     """One padded call for each bucket of sequences with similar lengths."""
-    q_sizes, kv_sizes = q_layout.sizes or (), kv_layout.sizes or ()
+    q_sizes, kv_sizes = q_layout.sizes, kv_layout.sizes
     buckets: dict[tuple[int, int], list[int]] = {}
     for sequence, (q_size, kv_size) in enumerate(zip(q_sizes, kv_sizes, strict=True)):
         if q_size > 0:

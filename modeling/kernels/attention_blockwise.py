@@ -1,0 +1,622 @@
+"""The blockwise backend: exact attention in plain PyTorch, with every feature, in memory linear in the lengths.
+
+Sequences of similar lengths share batched matrix products, whatever the layout; a block of scores is made, used and
+forgotten, and made again in the hand-written backward pass. Rows see their keys in one block where they are few, and
+else in several by online softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1). What causality, window or
+lengths leave empty is skipped. Sums run in a fixed order: two backward passes agree to the bit.
+
+Scores are float32 also for half-precision inputs (float64 for float64). Products of bfloat16 inputs are taken from
+bfloat16 units where the CPU has them, into float32: scores are exact to float32.
+
+Shapes: B sequences, L queries, S keys, H heads, G key/value heads, R = H / G, D head dim, n sequences of a block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention_biases import Bias
+from .attention_layouts import Layout
+from .attention_reference import keep_tile
+
+BLOCK_ELEMENTS = 1 << 20  #: scores of a block: they and their gradient fit a CPU's last cache
+BLOCK_KEYS = 1024  #: keys of a block; rows that see more of them need online softmax
+MIN_ROWS = 16  #: queries of a block, at least
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Where the rows of one side stand in a grid of buckets, each `[n, heads, length]`, and how to get there and back.
+
+    Attributes:
+        there: int64 `[slots]`, the row of the flat `[tokens * heads, D]` tensor that each slot copies.
+        back: int64 `[tokens * heads]`, the slot of each row; padding reads slot number `slots`, which holds zeros.
+    """
+
+    there: Tensor
+    back: Tensor
+
+    def spread(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Copy `[..., heads, D]` to `[slots, D]`."""
+        return x.reshape(-1, x.shape[-1]).index_select(0, self.there).to(dtype)
+
+    def gather(self, slots: Tensor, like: Tensor) -> Tensor:
+        """Copy `[slots + 1, D]` to the shape and dtype of `like` (but for its last dimension)."""
+        return slots.to(like.dtype).index_select(0, self.back).view(*like.shape[:-1], slots.shape[-1])
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Sequences of similar lengths: their numbers, padded sizes, slots, and what of them is padding.
+
+    Attributes:
+        members: numbers of the sequences.
+        length: L, queries of the longest; `size`: S, keys of the longest.
+        shift: position of the first query.
+        q_at: first slot of the queries, in rows of one head; `k_at`: of the keys.
+        key_padding: `[n, 1, 1, S]`, 0 at keys and -inf behind a sequence's last; None: all have S keys.
+        row_padding: bool `[n, 1, L, 1]`, True behind a sequence's last query; None: all have L queries.
+        ragged: whether a sequence has other queries than keys, so that masks may leave a row without a key.
+    """
+
+    members: list[int]
+    length: int
+    size: int
+    shift: int
+    q_at: int
+    k_at: int
+    key_padding: Tensor | None
+    row_padding: Tensor | None
+    ragged: bool
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All buckets of a pair of layouts, and the slots of both sides."""
+
+    buckets: list[_Bucket]
+    q: _Slots
+    kv: _Slots
+    q_columns: Tensor | None  #: int64 `[B, L]`, padded coordinates of the real tokens; None: they stand at the left
+    k_columns: Tensor | None
+
+
+def _token_rows(layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """Where each sequence's tokens begin `[B]`, and the flat index they begin in (None: the tensor's own rows)."""
+    device = layout.lengths.device
+    if layout.cu_seqlens is not None:
+        return layout.cu_seqlens[:-1], None
+    if layout.mask is None or layout.known_sizes is not None:
+        return torch.arange(layout.batch, device=device) * layout.length, None
+    return layout.lengths.cumsum(0) - layout.lengths, layout.mask.flatten().nonzero()[:, 0]
+
+
+def _columns(layout: Layout) -> Tensor | None:
+    """Padded coordinates of the real tokens `[B, L]`, in order; None where they are 0, 1, 2 and so on."""
+    if layout.mask is None or layout.known_sizes is not None:
+        return None
+    order = torch.sort(~layout.mask, dim=-1, stable=True).indices
+    at_left = layout.mask[:, 1:] <= layout.mask[:, :-1]
+    return None if bool(at_left.all()) else order
+
+
+def _round_up(size: int) -> int:
+    """Round up to a multiple of about a third of the size (at least 8): sequences of one bucket are about as long."""
+    step = max(8, 1 << max((size - 1).bit_length() - 2, 0))
+    return -(-size // step) * step
+
+
+def _tokens(layout: Layout) -> int:
+    """Rows of a flat tensor of this layout."""
+    return sum(layout.sizes) if layout.is_packed else layout.batch * layout.length
+
+
+def make_plan(q_layout: Layout, kv_layout: Layout, heads: int, groups: int, aligned: bool) -> _Plan:
+    """Sort sequences into buckets by their lengths; `aligned`: and by the position of their first query."""
+    q_sizes, k_sizes = q_layout.sizes, kv_layout.sizes
+    buckets: dict[tuple[int, int, int], list[int]] = {}
+    for i, (q_size, k_size) in enumerate(zip(q_sizes, k_sizes, strict=True)):
+        if q_size > 0 and k_size > 0:
+            shift = k_size - q_size if aligned else 0
+            buckets.setdefault((shift, _round_up(max(q_size, k_size)), _round_up(q_size) if shift else 0), []).append(i)
+
+    device = q_layout.lengths.device
+    made: list[_Bucket] = []
+    sides = {"q": (q_layout, heads), "k": (kv_layout, groups)}
+    starts = {name: _token_rows(layout) for name, (layout, _) in sides.items()}
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {"q": [], "k": []}
+    at = {"q": 0, "k": 0}
+    for (shift, _, _), sequences in buckets.items():
+        length, size = max(q_sizes[i] for i in sequences), max(k_sizes[i] for i in sequences)
+        cells = heads * min(length, MIN_ROWS) * min(size, BLOCK_KEYS)
+        together = max(1, BLOCK_ELEMENTS // cells)
+        for first in range(0, len(sequences), together):
+            members = sequences[first : first + together]
+            length, size = max(q_sizes[i] for i in members), max(k_sizes[i] for i in members)
+            index = torch.tensor(members, device=device)
+            padding: dict[str, Tensor | None] = {}
+            for name, longest in (("q", length), ("k", size)):
+                (layout, copies), (begin_B, tokens) = sides[name], starts[name]
+                ranks = torch.arange(longest, device=device)
+                lengths_n1 = layout.lengths[index][:, None]
+                rows_nL = begin_B[index][:, None] + torch.minimum(ranks, lengths_n1 - 1)
+                rows_nL = rows_nL if tokens is None else tokens[rows_nL]
+                real_nL = ranks < lengths_n1
+                padding[name] = None if min(layout.sizes[i] for i in members) == longest else ~real_nL
+                hs = torch.arange(copies, device=device)[:, None]
+                there = rows_nL[:, None] * copies + hs
+                parts[name].append((there.flatten(), real_nL[:, None].expand_as(there).flatten()))
+            keys, rows = padding["k"], padding["q"]
+            made.append(
+                _Bucket(
+                    members,
+                    length,
+                    size,
+                    shift,
+                    at["q"] * heads,
+                    at["k"] * groups,
+                    None if keys is None else torch.zeros(keys.shape, device=device).masked_fill_(keys, -torch.inf)[:, None, None],
+                    None if rows is None else rows[:, None, :, None],
+                    any(q_sizes[i] != k_sizes[i] for i in members),
+                )
+            )
+            at["q"] += len(members) * length
+            at["k"] += len(members) * size
+
+    slots = {}
+    for name, (layout, copies) in sides.items():
+        there = torch.cat([rows for rows, _ in parts[name]]) if made else torch.empty(0, dtype=torch.int64, device=device)
+        back = torch.full((_tokens(layout) * copies,), len(there), device=device)
+        if made:
+            real = torch.cat([kept for _, kept in parts[name]])
+            back[there[real]] = real.nonzero()[:, 0]
+        slots[name] = _Slots(there, back)
+    return _Plan(made, slots["q"], slots["k"], _columns(q_layout), _columns(kv_layout))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call's settings, and the tensors that its blocks read.
+
+    Attributes:
+        diagonals: `[H | 1, 2 * reach + 1]`, what is added to a score by `key - position + reach`: positional bias, and
+            -inf where causality or window forbid.
+        dense: `[B | 1, H | 1, L | 1, S | 1]`.
+        bits: seed of torch's generator for dropout that need not be counter-based.
+    """
+
+    plan: _Plan
+    heads: int
+    groups: int
+    left: int | None
+    right: int | None
+    softcap: float | None
+    scale: float
+    dropout_p: float
+    seed: Tensor | None
+    bits: int | None
+    return_lse: bool
+    reach: int
+    biased: bool  #: `diagonals` holds more than the mask
+    diagonals: Tensor | None = None
+    dense: Tensor | None = None
+
+    def blocks(self, bucket: _Bucket) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+        """Give (first row, last row + 1, the blocks of keys these rows see), in a fixed order; no empty ones."""
+        width = min(bucket.size, BLOCK_KEYS)
+        rows = max(MIN_ROWS, BLOCK_ELEMENTS // (len(bucket.members) * self.heads * width))
+        for first in range(0, bucket.length, rows):
+            last = min(first + rows, bucket.length)
+            low, high = 0, bucket.size
+            if self.left is not None:
+                low = max(low, first + bucket.shift - self.left)
+            if self.right is not None:
+                high = min(high, last + bucket.shift + self.right)
+            if low < high:
+                starts = range(low, high, BLOCK_KEYS)
+                yield first, last, [(start, min(start + BLOCK_KEYS, high)) for start in starts]
+
+    def masked(self, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> bool:
+        """Whether causality or window forbid some key of a block to some row."""
+        late = self.left is not None and keys[0] < rows[1] - 1 + bucket.shift - self.left
+        return late or (self.right is not None and keys[1] - 1 > rows[0] + bucket.shift + self.right)
+
+    def may_be_empty(self, bucket: _Bucket) -> bool:
+        """Whether a row (padding included) may see no key at all."""
+        narrow = self.left is not None and bucket.row_padding is not None
+        return self.dense is not None or narrow or (bucket.ragged and (self.left, self.right) != (None, None))
+
+    def diagonal_range(self, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> slice:
+        """Which diagonals a block reads."""
+        first = keys[0] - (rows[1] - 1 + bucket.shift) + self.reach
+        return slice(first, first + (rows[1] - rows[0]) + (keys[1] - keys[0]) - 1)
+
+    def add_biases(self, scores: Tensor, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> None:
+        """Add bias and mask to scores `[n, H, rows, keys]`."""
+        if self.diagonals is not None and (self.biased or self.masked(bucket, rows, keys)):
+            line = self.diagonals[:, self.diagonal_range(bucket, rows, keys)]
+            scores.add_(line.unfold(1, keys[1] - keys[0], 1).flip(1))
+        if self.dense is not None:
+            scores.add_(self._dense_block(bucket, rows, keys))
+        if bucket.key_padding is not None:
+            scores.add_(bucket.key_padding[..., keys[0] : keys[1]])
+
+    def _dense_block(self, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+        dense = self.dense
+        if dense.shape[0] > 1:
+            dense = dense[bucket.members]
+        for dim, (first, last), columns in ((2, rows, self.plan.q_columns), (3, keys, self.plan.k_columns)):
+            if dense.shape[dim] == 1:
+                continue
+            if columns is None:
+                dense = dense.narrow(dim, first, last - first)
+                continue
+            index = columns[bucket.members, first:last]
+            shape = (len(bucket.members), dense.shape[1], *((-1, 1) if dim == 2 else (1, -1)))
+            index = index[:, None, :, None] if dim == 2 else index[:, None, None, :]
+            dense = dense.expand(len(bucket.members), -1, -1, -1)
+            dense = dense.gather(dim, index.expand(*shape[:2], *_other(dense, dim, last - first)))
+        return dense
+
+    def add_dense_gradient(
+        self, total: Tensor, gradient: Tensor, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]
+    ) -> None:
+        """Add the gradient of a block's scores `[n, H, rows, keys]` to the dense bias's."""
+        for dim in (1, 2, 3):
+            if total.shape[dim] == 1:
+                gradient = gradient.sum(dim, keepdim=True)
+        if total.shape[0] == 1 and self.plan.q_columns is None and self.plan.k_columns is None:
+            gradient, members = gradient.sum(0, keepdim=True), [0]
+        else:
+            members = bucket.members
+        for i, member in enumerate(members):
+            part = total[member if total.shape[0] > 1 else 0]
+            where: list[Any] = []
+            for dim, (first, last), columns in ((1, rows, self.plan.q_columns), (2, keys, self.plan.k_columns)):
+                if part.shape[dim] == 1:
+                    where.append(slice(None))
+                else:
+                    where.append(slice(first, last) if columns is None else columns[member, first:last])
+            if isinstance(where[0], Tensor) and isinstance(where[1], Tensor):
+                where[0] = where[0][:, None]
+            part[:, where[0], where[1]] += gradient[i]
+
+    def dropout(self) -> _Dropout | None:
+        """Give the masks of this call's blocks, in the order of `blocks`."""
+        return _Dropout(self) if self.dropout_p > 0 else None
+
+
+def _other(dense: Tensor, dim: int, count: int) -> tuple[int, int]:
+    return (count, dense.shape[3]) if dim == 2 else (dense.shape[2], count)
+
+
+class _Dropout:
+    """Which weights of each block survive, as 0 and 1 in the scores' dtype."""
+
+    def __init__(self, call: _Call):
+        self.call = call
+        self.probability = call.dropout_p
+        if call.bits is not None:
+            self.threshold = round(call.dropout_p * (1 << 16)) - (1 << 15)
+            self.probability = (self.threshold + (1 << 15)) / (1 << 16)
+            self.generator = torch.Generator().manual_seed(call.bits)
+
+    def keep(self, like: Tensor, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+        """Give the mask of a block of scores `[n, H, rows, keys]`."""
+        if self.call.bits is not None:
+            # Sixteen random bits decide on a weight: a tenth of the cost of bernoulli_.
+            bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=self.generator)
+            kept = torch.empty(like.shape, dtype=like.dtype)
+            torch.ge(bits.view(torch.int16)[: like.numel()].view(like.shape), self.threshold, out=kept)
+            return kept.to(like.device)
+        device, members = like.device, torch.tensor(bucket.members, device=like.device)
+        lines, columns = torch.arange(*rows, device=device), torch.arange(*keys, device=device)
+        kept = keep_tile(self.call.seed, members, self.call.heads, lines[None], columns[None], self.probability)
+        return kept.to(like.dtype)
+
+
+@contextmanager
+def _bfloat16_products(wanted: bool) -> Iterator[None]:
+    """Let float32 matrix products whose operands came from bfloat16 use the CPU's bfloat16 units."""
+    if not wanted:
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _exact(q: Tensor) -> Any:
+    """Products as exact as the inputs' dtype deserves."""
+    return _bfloat16_products(q.device.type == "cpu" and q.dtype == torch.bfloat16)
+
+
+class _Work:
+    """Memory for blocks, taken once for a pass."""
+
+    def __init__(self, like: Tensor):
+        self.like, self.buffers = like, {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self.buffers[name] = self.like.new_empty(size)
+        return buffer[:size].view(shape)
+
+
+def _rows_of(x: Tensor, at: int, count: int, repeats: int, length: int, rows: tuple[int, int]) -> Tensor:
+    """View (or copy) slots as `[n * G, R * rows, D]`."""
+    block = x[at : at + count * repeats * length].view(count, repeats, length, -1)[:, :, rows[0] : rows[1]]
+    return block.reshape(count, repeats * (rows[1] - rows[0]), -1)
+
+
+def _make_scores(
+    call: _Call, out: Tensor, q: Tensor, k: Tensor, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]
+) -> Tensor | None:
+    """Fill `out` `[n * G, R * rows, keys]` with scores, biased and masked; give tanh if there is a softcap."""
+    torch.baddbmm(out, q, k.transpose(1, 2), beta=0, alpha=call.scale / (call.softcap or 1.0), out=out)
+    bent = None
+    if call.softcap is not None:
+        bent = out.tanh_().clone()
+        out.mul_(call.softcap)
+    call.add_biases(out.view(-1, call.heads, rows[1] - rows[0], keys[1] - keys[0]), bucket, rows, keys)
+    return bent
+
+
+def _softmax(call: _Call, scores: Tensor, bucket: _Bucket) -> Tensor:
+    """Turn scores into weights in place; rows without a key get zeros."""
+    if not call.may_be_empty(bucket):
+        return torch.softmax(scores, -1, out=scores)
+    empty = scores.amax(-1, keepdim=True) == -torch.inf
+    return torch.softmax(scores.masked_fill_(empty, 0), -1, out=scores).masked_fill_(empty, 0)
+
+
+def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Give `out` of q's shape, and the log of the softmax's denominator by slots where somebody needs it."""
+    plan, dtype = call.plan, torch.promote_types(q.dtype, torch.float32)
+    q_slots, k_slots, v_slots = plan.q.spread(q, dtype), plan.kv.spread(k, dtype), plan.kv.spread(v, dtype)
+    out_slots = q_slots.new_zeros(len(q_slots) + 1, v.shape[-1])
+    several = any(len(keys) > 1 for bucket in plan.buckets for *_, keys in call.blocks(bucket))
+    lse_slots = q_slots.new_full((len(q_slots) + 1, 1), -torch.inf) if several or call.return_lse else None
+    dropout, work, repeats = call.dropout(), _Work(q_slots), call.heads // call.groups
+    for bucket in plan.buckets:
+        count = len(bucket.members) * call.groups
+        k_all = k_slots[bucket.k_at :][: count * bucket.size].view(count, bucket.size, -1)
+        v_all = v_slots[bucket.k_at :][: count * bucket.size].view(count, bucket.size, -1)
+        for first, last, blocks in call.blocks(bucket):
+            rows = (first, last)
+            q_block = _rows_of(q_slots, bucket.q_at, count, repeats, bucket.length, rows)
+            total: Tensor | None = None
+            for keys in blocks:
+                scores = work("scores", count, q_block.shape[1], keys[1] - keys[0])
+                _make_scores(call, scores, q_block, k_all[:, slice(*keys)], bucket, rows, keys)
+                if len(blocks) == 1:
+                    lse = scores.logsumexp(-1, keepdim=True) if lse_slots is not None else None
+                    weights = _softmax(call, scores, bucket)
+                else:
+                    top = scores.amax(-1, keepdim=True)
+                    high = top if total is None else torch.maximum(top, highest)
+                    safe = high.masked_fill(high == -torch.inf, 0)
+                    weights = scores.sub_(safe).exp_()
+                    mass = weights.sum(-1, keepdim=True)
+                    if total is not None:
+                        shrink = (highest - safe).exp_()
+                        mass, total = mass + denominator * shrink, total.mul_(shrink)
+                    highest, denominator = high, mass
+                scale = 1.0
+                if dropout is not None:
+                    view = weights.view(-1, call.heads, last - first, keys[1] - keys[0])
+                    view.mul_(dropout.keep(view, bucket, rows, keys))
+                    scale = 1 / (1 - dropout.probability)
+                values = v_all[:, slice(*keys)]
+                if total is None:
+                    total = torch.baddbmm(q_slots.new_empty(()), weights, values, beta=0, alpha=scale)
+                else:
+                    total.baddbmm_(weights, values, alpha=scale)
+            if len(blocks) > 1:
+                total.div_(denominator.masked_fill(denominator == 0, 1))
+                lse = highest + denominator.log()
+            target = out_slots[bucket.q_at :][: count * repeats * bucket.length].view(count, repeats, bucket.length, -1)
+            target[:, :, first:last] = total.view(count, repeats, last - first, -1)
+            if lse_slots is not None:
+                line = lse_slots[bucket.q_at :][: count * repeats * bucket.length]
+                line.view(count, repeats, bucket.length)[:, :, first:last] = lse.view(count, repeats, -1)
+    return plan.q.gather(out_slots, q), lse_slots
+
+
+def _backward(
+    call: _Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse_slots: Tensor | None,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    wants_diagonals: bool,
+    wants_dense: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Give the gradients of q, k, v, the diagonals and the dense bias (flash attention 2; Dao 2023, algorithm 2)."""
+    plan, dtype = call.plan, torch.promote_types(q.dtype, torch.float32)
+    q_slots, k_slots, v_slots = plan.q.spread(q, dtype), plan.kv.spread(k, dtype), plan.kv.spread(v, dtype)
+    do_slots = plan.q.spread(d_out, dtype)
+    dq_slots = q_slots.new_zeros(len(q_slots) + 1, q.shape[-1])
+    dk_slots = k_slots.new_zeros(len(k_slots) + 1, k.shape[-1])
+    dv_slots = k_slots.new_zeros(len(k_slots) + 1, v.shape[-1])
+    d_diagonals = torch.zeros_like(call.diagonals) if wants_diagonals and call.diagonals is not None else None
+    d_dense = torch.zeros_like(call.dense, dtype=dtype) if wants_dense and call.dense is not None else None
+    out_slots = plan.q.spread(out, dtype) if lse_slots is not None else None
+    dl_slots = None if d_lse is None else plan.q.spread(d_lse.unsqueeze(-1), dtype)
+    dropout, work, repeats = call.dropout(), _Work(q_slots), call.heads // call.groups
+    if dropout is not None:
+        do_slots = do_slots / (1 - dropout.probability)
+        out_slots = None if out_slots is None else out_slots * (1 - dropout.probability)
+    for bucket in plan.buckets:
+        count = len(bucket.members) * call.groups
+        span = slice(bucket.k_at, bucket.k_at + count * bucket.size)
+        k_all, v_all, dk_all, dv_all = (x[span].view(count, bucket.size, -1) for x in (k_slots, v_slots, dk_slots, dv_slots))
+        if bucket.row_padding is not None:
+            whole = do_slots[bucket.q_at :][: count * repeats * bucket.length]
+            whole.view(len(bucket.members), call.heads, bucket.length, -1).masked_fill_(bucket.row_padding, 0)
+        for first, last, blocks in call.blocks(bucket):
+            rows = (first, last)
+            pieces = {"q": q_slots, "do": do_slots, "o": out_slots, "l": lse_slots, "dl": dl_slots}
+            piece = {
+                name: _rows_of(x, bucket.q_at, count, repeats, bucket.length, rows)
+                for name, x in pieces.items()
+                if x is not None
+            }
+            dq = None
+            for keys in blocks:
+                k_block, v_block = k_all[:, slice(*keys)], v_all[:, slice(*keys)]
+                weights = work("scores", count, piece["q"].shape[1], keys[1] - keys[0])
+                bent = _make_scores(call, weights, piece["q"], k_block, bucket, rows, keys)
+                if len(blocks) == 1:
+                    weights = _softmax(call, weights, bucket)
+                else:  # an empty row's -inf becomes +inf, so that its weights are 0
+                    weights.sub_(piece["l"].masked_fill(piece["l"] == -torch.inf, torch.inf)).exp_()
+                shape = (-1, call.heads, last - first, keys[1] - keys[0])
+                d_weights = work("gradients", *weights.shape)
+                torch.bmm(piece["do"], v_block.transpose(1, 2), out=d_weights)
+                kept = weights
+                if dropout is not None:
+                    mask = dropout.keep(weights.view(shape), bucket, rows, keys)
+                    d_weights.view(shape).mul_(mask)
+                    kept = weights.view(shape).mul(mask).view_as(weights)
+                dv_all[:, slice(*keys)].baddbmm_(kept.transpose(1, 2), piece["do"])
+                if len(blocks) == 1:
+                    d_scores = d_weights
+                    torch.ops.aten._softmax_backward_data.out(
+                        d_weights, weights, -1, weights.dtype, grad_input=d_scores
+                    )
+                else:
+                    delta = (piece["do"] * piece["o"]).sum(-1, keepdim=True)
+                    d_scores = d_weights.sub_(delta).mul_(weights)
+                if dl_slots is not None:
+                    known = piece["dl"].masked_fill(piece["l"] == -torch.inf, 0)
+                    d_scores.addcmul_(weights, known)
+                view = d_scores.view(shape)
+                if d_diagonals is not None:
+                    where = call.diagonal_range(bucket, rows, keys)
+                    d_diagonals[:, where] += _sum_diagonals(view.sum(0), call.diagonals.shape[0])
+                if d_dense is not None:
+                    call.add_dense_gradient(d_dense, view, bucket, rows, keys)
+                if bent is not None:
+                    d_scores.addcmul_(d_scores, bent.square_(), value=-1)
+                dk_all[:, slice(*keys)].baddbmm_(d_scores.transpose(1, 2), piece["q"], alpha=call.scale)
+                if dq is None:
+                    dq = torch.baddbmm(q_slots.new_empty(()), d_scores, k_block, beta=0, alpha=call.scale)
+                else:
+                    dq.baddbmm_(d_scores, k_block, alpha=call.scale)
+            target = dq_slots[bucket.q_at :][: count * repeats * bucket.length].view(count, repeats, bucket.length, -1)
+            target[:, :, first:last] = dq.view(count, repeats, last - first, -1)
+    return plan.q.gather(dq_slots, q), plan.kv.gather(dk_slots, k), plan.kv.gather(dv_slots, v), d_diagonals, d_dense
+
+
+def _sum_diagonals(x: Tensor, heads: int) -> Tensor:
+    """Sum `[H, rows, keys]` along its diagonals to `[H | 1, rows + keys - 1]`, the lowest left first."""
+    if heads == 1:
+        x = x.sum(0, keepdim=True)
+    count, rows, keys = x.shape
+    skewed = torch.nn.functional.pad(x.flip(1), (0, rows)).flatten(1)[:, : rows * (rows + keys - 1)]
+    return skewed.view(count, rows, rows + keys - 1).sum(1)
+
+
+class _NotTwice(torch.autograd.Function):
+    """Pass gradients on, and refuse to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise RuntimeError("attention's backward pass cannot be differentiated again; use attention(backend='reference')")
+
+
+class _Attention(torch.autograd.Function):
+    """`_forward` and `_backward` for autograd."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, diagonals: Tensor | None, dense: Tensor | None, call: _Call
+    ) -> tuple[Tensor, Tensor | None]:
+        call = replace(call, diagonals=diagonals, dense=dense)
+        with torch.autocast(q.device.type, enabled=False), _exact(q):
+            out, lse_slots = _forward(call, q, k, v)
+        ctx.save_for_backward(q, k, v, diagonals, dense, out if lse_slots is not None else None, lse_slots)
+        ctx.call = call = replace(call, diagonals=None, dense=None)
+        lse = lse_slots.index_select(0, call.plan.q.back).view(q.shape[:-1]) if call.return_lse else None
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, diagonals, dense, out, lse_slots = ctx.saved_tensors
+        call = replace(ctx.call, diagonals=diagonals, dense=dense)
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False), _exact(q):
+            gradients = _backward(call, q, k, v, out, lse_slots, grads[0], grads[1], *ctx.needs_input_grad[3:5])
+        if torch.is_grad_enabled():
+            gradients = tuple(g if g is None else _NotTwice.apply(g.requires_grad_()) for g in gradients)
+        return (*gradients, None)
+
+
+def blockwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_layout: Layout,
+    kv_layout: Layout,
+    *,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    bias: Bias | None,
+    softcap: float | None,
+    scale: float,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute attention block by block; see `attention` for the arguments."""
+    left, right = window or (None, None)
+    right = 0 if causal else right
+    heads, groups = q.shape[-2], k.shape[-2]
+    key = ("blockwise", id(kv_layout), heads, groups, causal)
+    plan, _ = q_layout.once(key, lambda: (make_plan(q_layout, kv_layout, heads, groups, causal), kv_layout))
+    reach = q_layout.length + kv_layout.length
+    diagonals = dense = None
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if bias is not None and bias.kind == "dense":
+        dense = bias.dense(q_layout.lengths, q_layout.lengths)
+    elif bias is not None:
+        diagonals = bias.by_distance(torch.arange(-reach, reach + 1, device=q.device)).to(wide)
+    if left is not None or right is not None:
+        ahead = torch.arange(-reach, reach + 1, device=q.device)
+        hidden = torch.zeros_like(ahead, dtype=torch.bool)
+        if left is not None:
+            hidden |= ahead < -left
+        if right is not None:
+            hidden |= ahead > right
+        base = torch.zeros(1, len(ahead), dtype=wide, device=q.device) if diagonals is None else diagonals
+        diagonals = base.masked_fill(hidden, -torch.inf)
+    bits = None
+    if dropout_p > 0 and seed is None:
+        bits = int(torch.randint(1 << 62, ()))
+    seed_tensor = None if seed is None else torch.as_tensor(seed, dtype=torch.int64, device=q.device)
+    call = _Call(
+        plan, heads, groups, left, right, softcap, scale, dropout_p, seed_tensor, bits, return_lse, reach,
+        biased=bias is not None and bias.kind != "dense",
+    )  # fmt: skip
+    out, lse = _Attention.apply(q, k, v, diagonals, dense, call)
+    return out, None if lse is None else lse.transpose(-1, -2)
