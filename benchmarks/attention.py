@@ -6,8 +6,8 @@
 
 A call is attention and its backward pass for q, k, v (and the bias table). Tensors are [batch, length, heads, head dim]
 or packed, as a model's projections leave them; PyTorch gets transposed views. Layouts and masks exist before the clock
-starts and before memory is counted: they serve all layers. GFLOP are those of the attended pairs (forward 4, backward
-10 per pair and head dim), whatever a kernel really computes.
+starts, because they serve all layers; the dense mask of the packed cases counts as memory. GFLOP are those of the
+attended pairs (forward 4, backward 10 per pair and head dim), whatever a kernel really computes.
 
 CPU, float32 and bfloat16, each compared by itself:
 - packed-causal, packed-full: 8 documents of 1024 tokens end to end against `scaled_dot_product_attention` over the
@@ -105,9 +105,12 @@ def our_contenders(
 
 
 def peers(
-    bench: Bench, side: str, shape: Sequence[int], attend: Attend, table: Tensor | None = None
+    bench: Bench, side: str, shape: Sequence[int], attend: Attend, table: Tensor | None = None, held: int = 0
 ) -> list[Contender]:
-    return [Contender(side, "", passes(attend, shape, DTYPES[d], bench.device, table), d) for d in dtypes(bench)]
+    return [
+        Contender(side, "", passes(attend, shape, DTYPES[dtype], bench.device, table), dtype, held)
+        for dtype in dtypes(bench)
+    ]
 
 
 def dtypes(bench: Bench) -> list[str]:
@@ -132,7 +135,7 @@ def packed(bench: Bench, name: str, causal: bool) -> None:
     batch = (documents, length, heads, dim)
     contenders = [
         *our_contenders(bench, (total, heads, dim), layout, causal=causal),
-        *peers(bench, "sdpa", (1, total, heads, dim), partial(sdpa, attn_mask=mask)),
+        *peers(bench, "sdpa", (1, total, heads, dim), partial(sdpa, attn_mask=mask), held=mask.nbytes),
         *peers(bench, "sdpa-batch", batch, partial(sdpa, is_causal=causal)),
     ]
     work = gflop(int(mask.sum()), heads, dim)

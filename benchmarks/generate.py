@@ -62,7 +62,7 @@ CASES: dict[str, Callable[[Bench, str], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = arguments(__doc__, repeats=5, sizes=list(CASES))
+    parser = arguments(__doc__, repeats=7, warmup=1, sizes=list(CASES))
     parser.add_argument("--new-tokens", type=int, default=32, help="per source (default %(default)s)")
     options = parser.parse_args(argv)
     bench = Bench("generate", options, argv)

@@ -52,25 +52,33 @@ class Contender:
         run: called with the number of the round, so that every contender takes the same batch in it: 0 to repeats - 1
             are timed, the warm-up rounds follow them (a batch seen for the first time stays new until it is timed).
         group: compared only with contenders of the same group.
+        held: bytes that it needs during a call and that are there before it (a mask): they count as memory.
     """
 
     side: str
     variant: str
     run: Callable[[int], object]
     group: str = ""
+    held: int = 0
 
     @property
     def name(self) -> str:
         return " ".join(filter(None, (self.side, self.variant, self.group)))
 
 
-def arguments(doc: str | None, *, repeats: int, sizes: Sequence[str] = ()) -> argparse.ArgumentParser:
+def arguments(doc: str | None, *, repeats: int, warmup: int = 2, sizes: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Make a parser with the options that all scripts have; `sizes` are the configurations' names."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="of torch; default 2 on the CPU, torch's own with --device cuda")
     parser.add_argument("--repeats", type=int, default=repeats, help="rounds that are timed (default %(default)s)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before them (default %(default)s)")
+    parser.add_argument("--warmup", type=int, default=warmup, help="rounds before them (default %(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=60,
+        help="stop a configuration after so long, but not before 3 rounds (%(default)s)",
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"configurations: {', '.join(sizes)}; or a part")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for tests: the numbers mean nothing")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the ratios (needs matplotlib)")
@@ -246,11 +254,15 @@ class Bench:
             alive.append(contender)
             calls[contender.name] = min(max(1, round(SHORTEST_SAMPLE / max(seconds[-1], 1e-6))), 1000)
         samples: dict[str, list[float]] = {contender.name: [] for contender in alive}
+        start, done = time.perf_counter(), 0
         for round_ in range(self.options.repeats):
+            if done >= 3 and time.perf_counter() - start > self.options.seconds:
+                break
             turn = round_ % max(len(alive), 1)
             for contender in alive[turn:] + alive[:turn]:
                 samples[contender.name].append(time_call(contender.run, round_, calls[contender.name], self.device))
-        amounts = [work(i) for i in range(self.options.repeats)] if work else None
+            done += 1
+        amounts = [work(i) for i in range(done)] if work else None
         measured = {}
         for contender in alive:
             seconds = samples[contender.name]
@@ -260,7 +272,7 @@ class Bench:
                 rates = [amount / second for amount, second in zip(amounts, seconds, strict=True)]
                 entry["rate"] = {**summary(rates), "overall": sum(amounts) / sum(seconds)}
             if memory:
-                entry["peak_bytes"] = peak_bytes(contender.run, self.device)
+                entry["peak_bytes"] = contender.held + peak_bytes(contender.run, self.device)
             measured[contender.name] = entry
         row = {
             "name": name,

@@ -1,5 +1,6 @@
 """Batches of natural lengths and pairs of equal models, for the scripts that time models. Does nothing by itself."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,9 +120,8 @@ def choose(lengths: Sequence[int], batch: int, grouped: bool, number: int) -> li
     batches = [indices[i : i + batch] for i in range(0, len(indices) - batch + 1, batch)]
     if grouped:
         batches.sort(key=lambda members: max(lengths[i] for i in members))
-    places = [int((i + 0.5) * len(batches) / number) for i in range(number)]
-    spread = torch.randperm(number, generator=generator).tolist()  # so that length and time of day do not go together
-    return [batches[places[i]] for i in spread]
+    # multiples of the golden ratio: however many rounds there is time for, they are spread evenly
+    return [batches[int((0.5 + i * 0.6180339887) % 1 * len(batches))] for i in range(number)]
 
 
 def real_tokens(batch: Batch) -> int:
@@ -136,6 +136,8 @@ def places(batch: Batch) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------- models
+
+# A model writes its attention into the config that it is given, hence the copies.
 
 
 def translators(size: Size, attentions: Sequence[str]) -> Models:
@@ -155,7 +157,7 @@ def translators(size: Size, attentions: Sequence[str]) -> Models:
     )  # fmt: skip
     models = {("urform", ""): UrformForConditionalGeneration._from_config(ours, attn_implementation="urform")}
     for attention in attentions:
-        model = transformers.MarianMTModel._from_config(theirs, attn_implementation=attention)
+        model = transformers.MarianMTModel._from_config(copy.deepcopy(theirs), attn_implementation=attention)
         models["marian", attention] = model
     return models
 
@@ -174,10 +176,11 @@ def encoders(size: Size, masked_lm: bool) -> Models:
     models = {("urform", ""): our_class._from_config(ours, attn_implementation="urform")}
     for attention in ("sdpa", "eager"):
         if masked_lm:
-            model = transformers.BertForMaskedLM._from_config(theirs, attn_implementation=attention)
+            model = transformers.BertForMaskedLM._from_config(copy.deepcopy(theirs), attn_implementation=attention)
         else:
-            theirs._attn_implementation = attention
-            model = transformers.BertModel(theirs, add_pooling_layer=False)
+            config = copy.deepcopy(theirs)
+            config._attn_implementation = attention
+            model = transformers.BertModel(config, add_pooling_layer=False)
         models["bert", attention] = model
     return models
 
@@ -194,7 +197,9 @@ def t5(size: Size) -> Models:
     )  # fmt: skip
     models = {("urform", ""): UrformForConditionalGeneration._from_config(ours, attn_implementation="urform")}
     for attention in ("sdpa", "eager"):
-        model = transformers.T5ForConditionalGeneration._from_config(theirs, attn_implementation=attention)
+        model = transformers.T5ForConditionalGeneration._from_config(
+            copy.deepcopy(theirs), attn_implementation=attention
+        )
         models["t5", attention] = model
     return models
 
@@ -215,6 +220,8 @@ def bart(size: Size) -> Models:
     )  # fmt: skip
     models = {("urform", ""): UrformForConditionalGeneration._from_config(ours, attn_implementation="urform")}
     for attention in ("sdpa", "eager"):
-        model = transformers.BartForConditionalGeneration._from_config(theirs, attn_implementation=attention)
+        model = transformers.BartForConditionalGeneration._from_config(
+            copy.deepcopy(theirs), attn_implementation=attention
+        )
         models["bart", attention] = model
     return models
