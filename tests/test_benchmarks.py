@@ -179,18 +179,19 @@ def test_plot(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- workloads
 
 
-def padding(grouped: bool) -> float:
-    generator = torch.Generator().manual_seed(0)
+def padding(grouped: bool, seed: int) -> float:
+    generator = torch.Generator().manual_seed(seed)
     source = workloads.ENGLISH.draw(29_000, generator)
     target = (source + workloads.GERMAN_MORE.draw(29_000, generator)).clamp(min=4)
-    batches = workloads.choose(source.tolist(), 128, grouped, 200)
+    batches = workloads.epoch(source.tolist(), 128, grouped, seed)
     real = sum(int(source[b].sum() + target[b].sum()) for b in batches)
     return sum(128 * int(source[b].max() + target[b].max()) for b in batches) / real
 
 
 def test_generated_lengths_pad_as_the_corpus_does() -> None:
-    assert padding(grouped=False) == pytest.approx(2.16, abs=0.06)
-    assert padding(grouped=True) == pytest.approx(1.29, abs=0.03)
+    for grouped, corpus in ((False, 2.16), (True, 1.29)):
+        found = [padding(grouped, seed) for seed in range(3)]
+        assert sum(found) / 3 == pytest.approx(corpus, rel=0.03), found
 
 
 def test_few_grouped_batches_stand_for_the_epoch() -> None:
