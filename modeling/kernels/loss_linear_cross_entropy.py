@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's outputs without the outputs: the head and the loss of a language model as one function.
+"""Linear layer and cross-entropy as one function: the loss of a language model without its logits.
 
 The full logits are the largest tensor of a training step. Here rows with an ignored label are dropped first (a masked
 language model projects its masked positions alone), the rest go through in chunks, and each chunk's part of the
@@ -138,12 +138,10 @@ def _check(
             raise ValueError(f"num_items must be positive, got {num_items}")
 
 
-def _sizes(device: str, low_precision: bool) -> _Sizes:
-    if device != "cpu":
-        return _Sizes(1 << 25, 1024, 1 << 25, 1 << 26)
-    block = torch.get_num_threads() << 18
-    # A low-precision product cannot be added to a float32 matrix by the CPU's matmul: fewer, larger chunks.
-    return _Sizes(1 << 22, 512, block, 1 << 20) if low_precision else _Sizes(1 << 20, 128, block, 1 << 20)
+def _sizes(device: str) -> _Sizes:
+    if device == "cpu":
+        return _Sizes(1 << 21, 256, torch.get_num_threads() << 18, 1 << 20)
+    return _Sizes(1 << 25, 1024, 1 << 25, 1 << 26)
 
 
 def _saved_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -218,7 +216,7 @@ def _loss_and_gradients(
     if needs[1]:
         d_weight.copy_(rows_E * (-spread * step)) if spread else d_weight.zero_()
 
-    sizes = _sizes(hidden.device.type, dtype != wide)
+    sizes = _sizes(hidden.device.type)
     chunks = math.ceil(K / max(sizes.chunk_rows, sizes.chunk_elements // V))
     size = math.ceil(K / max(chunks, 1)) or 1
     block = max(1, sizes.block_elements // V)
