@@ -167,7 +167,7 @@ def decode_combine(
     tl.store(Lse + lse_at, lse)
 
 
-INTERPRETED = not isinstance(decode_split, triton.JITFunction)  #: its products of bfloat16 are wrong: upcast there
+INTERPRETED = not isinstance(decode_split, triton.JITFunction)
 
 
 def decode_attention(
@@ -266,13 +266,15 @@ def _decode(
     if splits is None:
         seen = max_k if left is None or right is None else min(max_k, left + right + max_q)
         splits = _splits(programs, seen, launch["BLOCK_N"], q.device)
-    out = q.new_empty(queries, heads, v_dim)
+    # the interpreter multiplies bfloat16 wrongly and cuts it off instead of rounding: float32 throughout
+    upcast = INTERPRETED and q.dtype == torch.bfloat16
+    out = q.new_empty(queries, heads, v_dim, dtype=torch.float32 if upcast else q.dtype)
     lse = q.new_empty(heads, queries, dtype=torch.float32)
     if cu_q.dim() == 2:  # rows outside of the bounds are padding
         out.zero_()
         lse.fill_(-torch.inf)
     if programs == 0 or out.numel() == 0:
-        return out, lse
+        return out.to(q.dtype), lse
     parts, lses = out, lse
     if splits > 1:
         parts = out.new_empty(splits, *out.shape, dtype=torch.float32)
@@ -287,13 +289,13 @@ def _decode(
             0 if lut is None else lut.shape[1] // 2, scale, softcap or 1.0, UNIT=unit, GROUP=group, HEAD_DIM=dim,
             HEAD_DIM_V=v_dim, CAUSAL=causal, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
             SOFTCAP=softcap is not None, BIAS=kind, CACHE=cache and dense is not None,
-            UPCAST=INTERPRETED and q.dtype == torch.bfloat16, **launch,
+            UPCAST=upcast, **launch,
         )  # fmt: skip
         if splits > 1:
             decode_combine[(queries * heads,)](
                 parts, lses, out, lse, splits, queries, heads, HEAD_DIM_V=v_dim, BLOCK_DV=launch["BLOCK_DV"], BLOCK_S=16
             )
-    return out, lse
+    return out.to(q.dtype), lse
 
 
 @_decode.register_fake
