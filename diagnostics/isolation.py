@@ -160,17 +160,8 @@ def _as_probed(model: PreTrainedModel, attn_implementation: str | None) -> Itera
     modes = {module: module.training for module in model.modules()}
     before = [(config, config._attn_implementation_internal) for config in configs_of(model)]
     try:
-        if attn_implementation is not None and attn_implementation != model.config._attn_implementation:
-            old = model.config._attn_implementation
-            try:
-                model.set_attn_implementation(attn_implementation)
-            except (ValueError, ImportError, OSError) as error:
-                raise ValueError(f"attn_implementation={attn_implementation!r} cannot be set on "
-                                 f"{type(model).__name__}: {error}") from error  # fmt: skip
-            if model.config._attn_implementation == old:
-                raise ValueError(f"attn_implementation={attn_implementation!r} has no effect on "
-                                 f"{type(model).__name__}, whose code does not use AttentionInterface; leave the "
-                                 f"argument out to look at its own {old!r}")  # fmt: skip
+        if attn_implementation is not None:
+            _set_attention(model, attn_implementation)
         model.eval()
         yield
     finally:
@@ -178,3 +169,19 @@ def _as_probed(model: PreTrainedModel, attn_implementation: str | None) -> Itera
             config._attn_implementation_internal = implementation
         for module, training in modes.items():
             module.training = training
+
+
+def _set_attention(model: PreTrainedModel, attn_implementation: str) -> None:
+    """Set it, and refuse where that only looks as if: older classes bring their own attention and ignore others."""
+    old, own = model.config._attn_implementation, ("eager", "sdpa", "flash_attention_2")
+    try:
+        if attn_implementation != old:
+            model.set_attn_implementation(attn_implementation)
+    except (ValueError, ImportError, OSError) as error:
+        raise ValueError(f"attn_implementation={attn_implementation!r} cannot be set on {type(model).__name__}: "
+                         f"{error}") from error  # fmt: skip
+    fixed = attn_implementation not in own and not model._can_set_attn_implementation()
+    if fixed or (attn_implementation != old and model.config._attn_implementation == old):
+        raise ValueError(f"attn_implementation={attn_implementation!r} has no effect on {type(model).__name__}, whose "
+                         "code does not use AttentionInterface; leave the argument out to look at its own "
+                         "attention")  # fmt: skip

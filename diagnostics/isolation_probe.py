@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 ISOLATED, LEAKS, SHIFTED = "isolated", "LEAKS", "shifted"
 NOT_APPLICABLE, REFUSED, INCONCLUSIVE = "not applicable", "refused", "inconclusive"
@@ -138,22 +136,30 @@ class Probe:
             raise ValueError(f"model {type(model).__name__} has no input_ids in its forward(); isolation is checked "
                              "for models that read tokens")  # fmt: skip
         self.both_sides = bool(self.config.is_encoder_decoder) and "decoder_input_ids" in self.parameters
-        self.kind = "encoder-decoder" if self.both_sides else "decoder" if self._is_causal() else "encoder"
-        self.side = "decoder" if self.kind == "decoder" else "encoder"  # of what is the main input
         self.generator = torch.Generator().manual_seed(0)
         self.ids = self._usable_ids()
         self.device = model.get_input_embeddings().weight.device
         self.noise = 0.0
         self.readers = list(dict.fromkeys((model, model.base_model)))  # a classifier itself has no output per token
+        self.side = "encoder"  # of the only input, where there is one
+        if not self.both_sides and self._is_causal():
+            self.side = "decoder"
+        self.kind = "encoder-decoder" if self.both_sides else self.side
 
     def _is_causal(self) -> bool:
-        """What the model says of itself: by its config, its attention modules, or its place in the Auto classes."""
+        """What the model's config or its attention modules say; where they say nothing, what it does."""
         if getattr(self.text_config, "is_causal", None) is False:
             return False
         said = [m.is_causal for m in self.model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
         if said:
             return any(said)
-        return type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(self.config) not in MODEL_FOR_MASKED_LM_MAPPING
+        ids, last = self.random(2, 8), torch.arange(8) == 7
+        try:
+            moved = _distance(self.run(input_ids=ids)["encoder"][:, :7],
+                              self.run(input_ids=self.other(ids, last))["encoder"][:, :7])  # fmt: skip
+        except _RefusedError:
+            return False
+        return moved == 0
 
     def _usable_ids(self) -> Tensor:
         """Ordinary ids: special ones may mean something to the model's code (RoBERTa counts padding by its id)."""
@@ -188,8 +194,7 @@ class Probe:
         try:
             outputs, found = self._read(inputs, length)
         except Exception as error:  # whatever it raises is the answer
-            line = next((x.strip() for x in str(error).splitlines() if x.strip()), "")
-            raise _RefusedError(f"{type(error).__name__}: {line}") from error
+            raise _RefusedError(f"{type(error).__name__}: {_first_line(error)}") from error
         if found is None:
             raise ValueError(f"model {type(self.model).__name__} gives neither last_hidden_state nor logits per token; "
                              "pass its backbone (AutoModel)")  # fmt: skip
@@ -371,20 +376,27 @@ class Probe:
         for side in ("right", "left"):
             source, mask = self.padded(_SIZES, side)
             target, target_mask = self.padded(_TARGETS, side, "decoder_")
-            states = self.run(**source, **target).get("encoder")
-            if states is None:
-                raise _NotApplicableError("the model does not give encoder_last_hidden_state")
-            states = states.to(self.device, self.model.dtype)
+            encoded = self.encode(source["input_ids"], source["attention_mask"])
+            states = encoded.last_hidden_state
             noise = torch.randn(states.shape, generator=self.generator).to(states) * states.std()
 
-            def run(states: Tensor, given: dict[str, Any] = target, mask: Tensor = source["attention_mask"]) -> Outputs:
-                return self.run(encoder_outputs=BaseModelOutput(states), attention_mask=mask, **given)
+            def run(states: Tensor, given: dict[str, Any] = target, mask: Tensor = source["attention_mask"],
+                    encoded: Any = encoded) -> Outputs:  # fmt: skip
+                encoded = type(encoded)(**{**encoded, "last_hidden_state": states})
+                return self.run(encoder_outputs=encoded, attention_mask=mask, **given)
 
             base, real = run(states), {"decoder": target_mask}
             padding = ~mask[..., None].to(states.device)
             changed = run(torch.where(padding, noise, states))
             self.compare(finding, base, changed, real, f"the states at the source's padding ({side})")
             self.set_power(finding, base, run(torch.where(padding, states, noise)), real)
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Any:
+        """The encoder's output, in the class that the model's decoder expects."""
+        try:
+            return self.model.get_encoder()(ids.to(self.device), attention_mask=mask.to(self.device), return_dict=True)
+        except Exception as error:  # whatever it raises is the answer
+            raise _RefusedError(f"{type(error).__name__}: {_first_line(error)}") from error
 
     def causality(self, finding: _Finding) -> None:
         """Exchange the second half: the first half must not move; exchange the first half: the second must."""
@@ -493,6 +505,10 @@ def _distance(a: Tensor, b: Tensor) -> float:
         return 0.0
     difference = torch.where(a.isnan() & b.isnan() | (a == b), 0.0, (a - b).abs())
     return difference.nan_to_num(math.inf, math.inf).max().item()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def _span(mask: Tensor) -> slice:

@@ -21,6 +21,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    BloomConfig,
+    BloomModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -34,6 +36,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
+    XLNetConfig,
+    XLNetModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -44,7 +48,8 @@ from urform import UrformConfig, UrformForConditionalGeneration, UrformModel, ch
 from urform.cli.main import app
 from urform.diagnostics import kernels_check
 from urform.diagnostics.isolation_probe import CHECKS
-from urform.diagnostics.kernels_check import CASES, LOSS, LOSS_CASES, KernelCase
+from urform.diagnostics.kernels_cases import CASES, KernelCase, Problem, solve_exactly, solve_plainly
+from urform.diagnostics.kernels_check import LOSS, LOSS_CASES
 from urform.modeling.kernels import attention_dispatch
 from urform.modeling.kernels.attention_dispatch import FEATURES, Backend, attention_backends
 from urform.modeling.kernels.attention_reference import reference_attention
@@ -301,6 +306,21 @@ def test_wrong_arguments_are_refused_by_name(arguments: dict[str, Any], message:
         check_isolation(**arguments)
 
 
+def test_models_that_ignore_the_attention_interface(tmp_path: Path) -> None:
+    """Bloom's and XLNet's attention is their own; XLNet does not say that it is bidirectional."""
+    bloom = BloomModel(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4))
+    bloom.save_pretrained(tmp_path)
+    for model in (bloom, str(tmp_path)):
+        with pytest.raises(ValueError, match="attn_implementation='urform' has no effect on BloomModel"):
+            check_isolation(model, attn_implementation="urform")
+    report = check_isolation(bloom, checks=["padding-left", "causality"])
+    assert report.kind == "decoder" and {c.status for c in report.checks} == {"isolated"}
+    xlnet = XLNetModel(XLNetConfig(vocab_size=50, d_model=32, n_layer=2, n_head=4, d_inner=40))
+    assert statuses(xlnet, None, ["padding-left", "causality"]) == {
+        "padding-left": "isolated", "causality": "not applicable"
+    }  # fmt: skip
+
+
 def test_models_that_read_no_tokens_are_refused() -> None:
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16)
     with pytest.raises(ValueError, match="ViTModel has no input_ids"):
@@ -376,7 +396,7 @@ def test_a_backend_that_ignores_an_option_fails(
     assert failed() == {case.name for case in CASES if concerned(case)}
 
 
-@pytest.mark.parametrize("which", ["dq", "dk", "dv", "dbias", "padding", "nan", "raises"])
+@pytest.mark.parametrize("which", ["dq", "dk", "dv", "dbias", "padding", "nan", "poison", "raises"])
 def test_wrong_gradients_padding_and_errors_fail(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
     class Scale(torch.autograd.Function):
         """Nothing forward, one percent too much backward."""
@@ -401,16 +421,20 @@ def test_wrong_gradients_padding_and_errors_fail(monkeypatch: pytest.MonkeyPatch
             out = out + 1e-6 * (out == 0)
         if which == "nan":
             out = torch.where(out == out.max(), math.nan, out)
+        if which == "poison":  # 0 * NaN
+            out = out + 0 * v.sum()
         if which == "raises":
             raise RuntimeError("launch failed\nmore")
         return out, lse
 
     use(monkeypatch, run)
     cases = (CASES[0], KernelCase("padded", layout="left"), KernelCase("alibi", layout="packed", bias="alibi"))
-    expected = {"dbias": {"alibi"}, "padding": {"padded"}}.get(which, {case.name for case in cases})
+    expected = {"dbias": {"alibi"}, "padding": {"padded"}, "poison": {"padded"}}.get(
+        which, {case.name for case in cases}
+    )
     assert failed(cases) == expected
     report = check_kernels("cpu", F32, cases, backends=["broken"], timing=False)
-    reasons = {"nan": "NaN", "raises": "RuntimeError: launch failed", "padding": "not exactly 0"}
+    reasons = {"nan": "NaN", "poison": "NaN", "raises": "RuntimeError: launch failed", "padding": "not exactly 0"}
     assert all(reasons.get(which, f"{which} is off by") in result.reason for result in report.failures)
 
 
@@ -448,8 +472,8 @@ def test_a_wrong_loss_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_yardstick_is_the_definition(case: KernelCase) -> None:
     """In float64 plain PyTorch and the reference agree: the tolerance measures rounding and nothing else."""
-    problem = kernels_check._Problem(case, torch.float64, torch.device("cpu"))
-    truth, plain = (problem.solve(f, torch.float64) for f in (kernels_check._truth, kernels_check._plain))
+    problem = Problem(case, torch.float64, torch.device("cpu"))
+    truth, plain = problem.solve(solve_exactly), problem.solve(solve_plainly, padding=0.0)
     assert truth.keys() == plain.keys()
     for name, want in truth.items():
         torch.testing.assert_close(plain[name], want, atol=1e-11, rtol=1e-9)
