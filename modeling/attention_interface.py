@@ -120,8 +120,8 @@ def urform_attention_forward(
     if q_layout is not None:
         if attention_mask is not None or cu_seq_lens_q is not None:
             raise ValueError("q_layout says where all tokens are; drop attention_mask and cu_seq_lens_q")
-        plan = _Plan(bool(is_causal), _window(sliding_window), q_layout, q_layout if kv_layout is None else kv_layout)
-        return _attend(plan, query, key, value, **options), None
+        given = _Plan(bool(is_causal), _window(sliding_window), q_layout, q_layout if kv_layout is None else kv_layout)
+        return _attend(given, query, key, value, **options), None
     if kv_layout is not None:
         raise ValueError("kv_layout came without q_layout; pass both, or q_layout alone for self-attention")
     if cu_seq_lens_q is not None and key.shape[0] != 1:
@@ -134,9 +134,14 @@ def urform_attention_forward(
     if cu_seq_lens_q is not None:
         starts = (cu_seq_lens_q, max_length_q), (cu_seq_lens_k, max_length_k)
         cu_seq_lens = _sides(module, causal, length == kv_length, *starts)
-    if length != kv_length or cross or is_tracing(query):
-        position_ids = None  # they are the queries' alone, or may not be read
-    plan = None
+    if position_ids is not None and (
+        length != kv_length
+        or cross
+        or tuple(position_ids.shape) not in ((1, length), (key.shape[0], length))
+        or is_tracing(query)
+    ):
+        position_ids = None  # they are the queries' alone, or of another kind, or may not be read
+    plan: _Plan | None = None
     if attention_mask is None:
         plan = _plan_without_mask(causal, sliding_window, cu_seq_lens, position_ids, key.shape[0])
     elif isinstance(attention_mask, CompactMask):
@@ -160,6 +165,9 @@ def urform_attention_forward(
         masks.append((_documents(q_starts, length)[:, None] == _documents(k_starts, kv_length))[None, None])
     options["position_bias"] = _join(position_bias, masks, query.dtype)
     return _attend(_Plan(False, None), query, key, value, **options), None
+
+
+cast(Any, urform_attention_forward).takes_layouts = True  # Urform's stacks ask for this, not for a name
 
 
 def register_attention() -> None:
@@ -192,7 +200,7 @@ def _attend(
     batch, heads, length, _ = query.shape
     bias = position_bias
     if isinstance(bias, Tensor):
-        bias = DenseBias(_cut(bias, plan, length, key.shape[2]))
+        bias = DenseBias(_cut(bias, plan, batch, length, key.shape[2]))
     if plan.keys is not None:
         key, value = key[:, :, : plan.keys], value[:, :, : plan.keys]
     q_packed = plan.q_layout is not None and plan.q_layout.is_packed
@@ -215,21 +223,26 @@ def _rows(x: Tensor, packed: bool, tokens: Tensor | None) -> Tensor:
     return x_NHD if tokens is None else x_NHD[tokens]
 
 
-def _cut(bias: Tensor, plan: _Plan, length: int, kv_length: int) -> Tensor:
+def _cut(bias: Tensor, plan: _Plan, batch: int, length: int, kv_length: int) -> Tensor:
     """Cut the bias `[B | 1, H | 1, L, S]` of rows to what is planned; packed: to one block for each document."""
     if plan.q_layout is None or plan.kv_layout is None or not (plan.q_layout.is_packed and plan.kv_layout.is_packed):
         return bias if plan.keys is None or bias.shape[-1] == 1 else bias[..., : plan.keys]
-    q_places, k_places = (  # [documents, L | S] in the flattened rows
-        layout.pad(tokens)
-        for layout, tokens in (
-            (side, torch.arange(cast(Tensor, side.sequences).shape[0], device=bias.device) if plan.tokens is None
-             else plan.tokens) for side in (plan.q_layout, plan.kv_layout)
-        )
-    )  # fmt: skip
+    q_places, k_places = (
+        _places(layout, rows_tokens, plan.tokens)
+        for layout, rows_tokens in ((plan.q_layout, batch * length), (plan.kv_layout, batch * kv_length))
+    )
     bias = bias[(None,) * (4 - bias.dim())].expand(-1, -1, length, kv_length)
     rows = q_places[:, :1, None] // length if bias.shape[0] > 1 else torch.zeros_like(q_places[:, :1, None])
     blocks = bias.permute(0, 2, 3, 1)[rows, q_places[:, :, None] % length, k_places[:, None, :] % kv_length]
     return blocks.permute(0, 3, 1, 2)
+
+
+def _places(layout: Layout, total: int, tokens: Tensor | None) -> Tensor:
+    """Places in the flattened rows of each packed document's tokens, `[documents, length]`; beyond its end: any."""
+    starts = cast(Tensor, layout.cu_seqlens)[:-1, None]
+    packed = starts + torch.arange(layout.length, device=starts.device)
+    packed = packed.clamp(max=(total if tokens is None else len(tokens)) - 1)
+    return packed if tokens is None else tokens[packed]
 
 
 def _plan_without_mask(
@@ -237,7 +250,7 @@ def _plan_without_mask(
 ) -> _Plan:
     """Nothing is padded: documents are all there may be to tell."""
     if cu_seq_lens is not None:
-        return _Plan(causal, _window(sliding_window), *(_packed(*side) for side in cu_seq_lens))
+        return _Plan(causal, _window(sliding_window), _packed(*cu_seq_lens[0]), _packed(*cu_seq_lens[1]))
     if position_ids is not None:
         layout = _once(position_ids, batch, lambda: _restarted(position_ids, batch))
         if layout is not None:
@@ -254,7 +267,7 @@ def _plan_of_mask(
     if cu_seq_lens is not None:
         (starts, _), (k_starts, _) = cu_seq_lens
         if padding is None and documents is None and known.keys == known.shape[3]:
-            return _Plan(known.causal, known.window, *(_packed(*side) for side in cu_seq_lens))
+            return _Plan(known.causal, known.window, _packed(*cu_seq_lens[0]), _packed(*cu_seq_lens[1]))
         if cross or not square or not (starts is k_starts or torch.equal(starts, k_starts)):
             return None
         told = _documents(starts, known.keys)[None]
@@ -266,15 +279,17 @@ def _plan_of_mask(
     if documents is not None:
         layout, tokens = _packed_rows(documents, padding)
         return _Plan(known.causal, known.window, layout, layout, tokens=tokens)
+    batch, _, length, _ = known.shape
+    q_layout = Layout.full(batch, length, known.device)
     if padding is None:
-        return _Plan(known.causal, known.window, keys=known.keys)
-    kv_layout = Layout.padded(padding)
-    if square and (known.causal or known.window is not None):
-        q_layout = kv_layout
-    elif known.causal:
-        q_layout = Layout.padded(padding[:, known.q_start :])
-    else:  # perhaps cross-attention: nothing is known of the queries
-        q_layout = None
+        kv_layout = q_layout if square else Layout.full(batch, known.keys, known.device)
+    else:
+        kv_layout = Layout.padded(padding)
+        if square and (known.causal or known.window is not None):
+            q_layout = kv_layout
+        elif known.causal:
+            q_layout = Layout.padded(padding[:, known.q_start :])
+        # Else it may be cross-attention, and nothing is known of the queries.
     return _Plan(known.causal, known.window, q_layout, kv_layout, keys=known.keys)
 
 

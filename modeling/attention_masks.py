@@ -11,7 +11,7 @@ Shapes: B batch, L queries, S keys.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -39,6 +39,7 @@ class KnownMask:
         q_start: index of the first query among the keys.
         padding: bool `[B, keys]`, True at real keys; None where all are.
         documents: `[B, L]`, neighbours of one document have one value; None where a row is one document.
+        device: of the mask.
         build: makes the full bool tensor.
         full: the full tensor, once somebody has looked inside; from then on it is the mask.
         made: what the attention function has made of the mask, once for all layers.
@@ -51,9 +52,19 @@ class KnownMask:
     q_start: int
     padding: Tensor | None
     documents: Tensor | None
+    device: torch.device
     build: Callable[[], Tensor]
     full: Tensor | None = None
     made: list[tuple[tuple[Any, ...], Any]] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> KnownMask:
+        """Say the same on another device."""
+        padding, documents = (None if x is None else x.to(device) for x in (self.padding, self.documents))
+        full = None if self.full is None else self.full.to(device)
+        return replace(
+            self, device=device, padding=padding, documents=documents, build=lambda: self.build().to(device), full=full,
+            made=[],
+        )  # fmt: skip
 
     def once(self, given: tuple[Any, ...], make: Callable[[], T]) -> T:
         """Make something of the mask and these objects, or give what was made of the same ones before."""
@@ -75,13 +86,13 @@ class CompactMask(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, known: KnownMask, device: torch.device) -> CompactMask:
-        """Wrap what is known as a tensor on `device`."""
-        mask = Tensor._make_wrapper_subclass(cls, known.shape, dtype=torch.bool, device=device)  # type: ignore[attr-defined]
+    def __new__(cls, known: KnownMask) -> CompactMask:
+        """Wrap what is known as a tensor."""
+        mask = Tensor._make_wrapper_subclass(cls, known.shape, dtype=torch.bool, device=known.device)  # type: ignore[attr-defined]
         mask.known = known
         return cast(CompactMask, mask)
 
-    def __init__(self, known: KnownMask, device: torch.device):
+    def __init__(self, known: KnownMask):
         pass
 
     def __repr__(self, **kwargs: Any) -> str:
@@ -92,7 +103,9 @@ class CompactMask(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func` on the full tensor, which is the mask from here on (it may be written to)."""
         if func is torch.ops.aten.detach.default:  # what checkpointing does to everything it stores
-            return cls(args[0].known, args[0].device)
+            return cls(args[0].known)
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype", torch.bool) == torch.bool:
+            return cls(args[0].known.to(kwargs.get("device", args[0].device)))  # between the devices of a split model
         args, kwargs = tree_map_only(CompactMask, CompactMask.to_full, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -153,7 +166,8 @@ def urform_mask(
     try:
         pattern = _recognise(mask_function)
         known = _known(
-            pattern, (batch_size, 1, q_length, kv_length), int(q_offset) - kv_offset, kv_offset, attention_mask,
+            pattern, (batch_size, 1, q_length, kv_length), torch.device(device), int(q_offset) - kv_offset, kv_offset,
+            attention_mask,
             partial(full, allow_is_causal_skip=False, allow_is_bidirectional_skip=False),
         )  # fmt: skip
     except _Unknown as reason:
@@ -164,7 +178,7 @@ def urform_mask(
             return None
         if not known.causal and allow_is_bidirectional_skip:
             return None
-    return CompactMask(known, torch.device(device))
+    return CompactMask(known)
 
 
 class _Unknown(Exception):
@@ -251,6 +265,7 @@ _KINDS = _kinds()
 def _known(
     pattern: _Pattern,
     shape: tuple[int, int, int, int],
+    device: torch.device,
     q_start: int,
     kv_offset: int,
     attention_mask: Tensor | None,
@@ -262,7 +277,7 @@ def _known(
     if pattern.causal:
         keys = q_start + length
         if q_start < 0 or keys > kv_length:
-            raise _Unknown(f"queries at {q_start}..{keys} are outside of the {kv_length} keys")
+            raise _Unknown("queries outside of the keys")
     window = (pattern.left, pattern.right)
     in_reach = all(side is None or side >= max(keys, q_start + length) - 1 for side in window)
     square = q_start == 0 and length == keys
@@ -274,9 +289,9 @@ def _known(
     padding = _both(attention_mask, pattern.padding)
     if padding is not None:
         if padding.dim() != 2 or padding.shape[0] not in (1, batch):
-            raise _Unknown(f"a padding mask of shape {tuple(padding.shape)}")
+            raise _Unknown("a padding mask that is not [batch, length]")
         if padding.shape[1] < kv_offset + keys:
-            raise _Unknown(f"a padding mask of {padding.shape[1]} for {kv_offset + keys} tokens")
+            raise _Unknown("a padding mask shorter than the tokens")
         padding = padding[:, kv_offset : kv_offset + keys].expand(batch, -1) != 0
     documents = None if pattern.documents is None else pattern.documents.expand(batch, -1)
     if is_tracing(padding) or is_tracing(documents):
@@ -303,6 +318,7 @@ def _known(
         q_start=q_start,
         padding=None if padding is None or answers[0] else padding,
         documents=documents,
+        device=device,
         build=build,
     )
 
@@ -311,5 +327,5 @@ def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return a if b is None else b
     if a.shape != b.shape:
-        raise _Unknown(f"padding masks of shapes {tuple(a.shape)} and {tuple(b.shape)}")
+        raise _Unknown("two padding masks of unequal shapes")
     return (a != 0) & (b != 0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -82,9 +85,10 @@ def _quiet() -> Any:
         yield
 
 
-def build(family: str, implementation: str, dropout: float = 0.0) -> PreTrainedModel:
+def build(family: str, implementation: str, dropout: float = 0.0, **changes: Any) -> PreTrainedModel:
     cls, config = FAMILIES[family]
     config = copy.deepcopy(config)
+    config.update(changes)
     for name in ("attention_dropout", "attention_probs_dropout_prob", "dropout_rate", "attn_pdrop"):
         if name in config.to_dict():
             setattr(config, name, dropout)
@@ -511,6 +515,181 @@ def test_mask_is_none_only_where_causality_says_it_all() -> None:
     assert mask(1, 4, 3) is None
     assert (mask(1, 8, 3) & True).tolist() == [[[[True] * 4 + [False] * 4]]]
     assert mask(2, 8, torch.tensor(0)).sum() == 3
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.by = 0, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and not isinstance(x, CompactMask) and x.numel() > self.elements:
+                self.elements, self.by = x.numel(), str(func)
+        return out
+
+
+@pytest.mark.parametrize("case", ["padded", "position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("family", ["llama", "bert", "qwen3-sliding", "modernbert", "bart"])
+def test_nothing_is_as_large_as_the_length_squared(family: str, case: str) -> None:
+    if family in ("modernbert", "bart") and case == "position_ids":
+        return  # they do not hand them to their attention
+    length = 2048
+    model = build(family, "urform", max_position_embeddings=length)
+    ids = torch.randint(3, 50, (2 if case == "padded" else 1, length), generator=torch.Generator().manual_seed(0))
+    given: dict[str, Any] = {"input_ids": ids}
+    if case == "padded":
+        given["attention_mask"] = torch.ones_like(ids)
+        given["attention_mask"][1, length // 3 :] = 0
+    else:
+        given["position_ids"] = torch.arange(length)[None] % (length // 4)
+    if case == "cu_seq_lens":
+        starts = torch.arange(0, length + 1, length // 4, dtype=torch.int32)
+        given |= dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=length // 4, max_length_k=length // 4)
+    if family == "bart":
+        given.pop("position_ids", None)
+        given["decoder_input_ids"] = ids
+    with Largest() as largest:
+        model(**given)[0].square().mean().backward()
+    assert largest.elements < length * length, largest.by
+
+
+def test_a_layout_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr("urform.modeling.attention_interface.attention", record)
+    ids, positions = packed()
+    for family in ("llama", "gemma2", "bert", "bart"):
+        calls: list[dict[str, Any]] = [inputs(family, "left")]
+        if family != "bart":
+            calls += [
+                dict(input_ids=ids, position_ids=positions),
+                dict(input_ids=ids, position_ids=positions, **BY_LENGTHS),
+            ]
+        for given in calls:
+            seen.clear()
+            build(family, "urform")(**given)
+            assert all(call["bias"] is None and call["q_layout"] is not None for call in seen)
+            kinds = {"gemma2": 2, "bart": 3}.get(family, 1)  # full and sliding; encoder, decoder and across
+            assert len(seen) == (6 if family == "bart" else 2)
+            assert len({id(call["kv_layout"].memo) for call in seen}) <= kinds
+
+
+def a_mask(**kwargs: Any) -> Any:
+    padding = torch.ones(2, 6, dtype=torch.bool)
+    padding[0, :2] = False
+    return urform_mask(batch_size=2, q_length=6, kv_length=6, attention_mask=padding, **kwargs)
+
+
+def test_a_mask_looked_into_is_the_full_mask() -> None:
+    full = a_mask().to_full()
+    assert full.shape == (2, 1, 6, 6) and full.dtype == torch.bool and full.sum() == 10 + 21
+    sliced = a_mask()[:, :, :, :4]
+    assert not isinstance(sliced, CompactMask) and torch.equal(sliced, full[..., :4])
+    assert torch.equal(a_mask().float(), full.float())
+    assert torch.equal(torch.cat([a_mask(), a_mask()], dim=-1), torch.cat([full, full], dim=-1))
+    assert torch.equal(a_mask().expand(-1, 4, -1, -1), full.expand(-1, 4, -1, -1))
+    assert a_mask().bool().shape == a_mask().to(torch.device("cpu")).shape == full.shape
+    assert isinstance(a_mask().detach(), CompactMask) and "causal" in repr(a_mask())
+    moved = a_mask().to("meta")
+    assert isinstance(moved, CompactMask) and moved.known.padding is not None and moved.known.padding.is_meta
+
+
+def test_a_mask_written_to_is_obeyed() -> None:
+    x = heads(2, 4, 6, 8)
+    mask = a_mask()
+    before, _ = urform_attention_forward(Module(), x, x, x, mask)
+    mask[:, :, 4, 3] = False
+    after, _ = urform_attention_forward(Module(), x, x, x, mask)
+    full = a_mask().to_full().clone()
+    full[:, :, 4, 3] = False
+    want, _ = urform_attention_forward(Module(), x, x, x, full)
+    torch.testing.assert_close(after, want)
+    assert not torch.allclose(before[:, 4], after[:, 4])
+
+
+def test_a_mask_of_another_size_is_refused() -> None:
+    x = heads(2, 4, 5, 8)
+    with pytest.raises(ValueError, match=r"6, 6.*\[2, 4, 5, 5\]"):
+        urform_attention_forward(Module(), x, x, x, a_mask())
+
+
+def test_unknown_masks_are_built_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    def odd(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (query + key) % 2 == 0
+
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        mask = a_mask(mask_function=masking_utils.or_masks(masking_utils.causal_mask_function, odd))
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert not isinstance(mask, CompactMask) and mask.dtype == torch.bool
+    assert "or_mask" in caplog.text
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
+    given, results = inputs(family, "left"), []
+    for checkpointing in (False, True):
+        model = build(family, "urform").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        results.append(gradients(model, model(**given)[0]))
+    assert_gradients(results[1], results[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_compile_and_export(family: str) -> None:
+    torch.compiler.reset()
+    given = inputs(family, "left")
+    keep = real(family, given)
+    want = build(family, "eager")(**given)[0][keep]
+    model = build(family, "urform")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**given)[0][keep], want, atol=2e-5, rtol=1e-4)
+    if family != "bert":
+        for length in (16, 24):  # the second time sizes are symbols
+            cache = StaticCache(config=model.config, max_cache_len=length)
+            got = compiled(**given, past_key_values=cache)[0][keep]
+            torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+        model.config.use_cache = False
+    exported = torch.export.export(model, (), given, strict=False).module()
+    torch.testing.assert_close(exported(**given)[0][keep], want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_generation_in_compiled_graphs() -> None:
+    """The library makes the mask outside of the graph, and the graph takes it."""
+    torch.compiler.reset()
+    model, eager = build("llama", "urform"), build("llama", "eager")
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")  # type: ignore[method-assign]
+    options: dict[str, Any] = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    for kind in ("left", "none"):
+        given = inputs("llama", kind)
+        got = model.generate(**given, **options, cache_implementation="static")
+        assert torch.equal(got, eager.generate(**given, **options))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "t5", "bart"])
+def test_beam_search(family: str) -> None:
+    given = {k: v for k, v in inputs(family, "left").items() if not k.startswith("decoder_")}
+    options: dict[str, Any] = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=3)
+    assert torch.equal(
+        build(family, "urform").generate(**given, **options), build(family, "eager").generate(**given, **options)
+    )
 
 
 def test_registering_again_changes_nothing() -> None:
