@@ -235,10 +235,6 @@ def test_peers_have_as_many_parameters_as_ours(make: Any) -> None:
     counts = {key: sum(p.numel() for p in m.parameters() if p.requires_grad) for key, m in models.items()}
     assert {side for side, _ in counts} > {"urform"} and len(counts) == 3
     assert len(set(counts.values())) == 1, counts
-    rates = {
-        key: sorted({m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}) for key, model in models.items()
-    }
-    assert all(set(found) <= {0.0, 0.1} for found in rates.values()), rates
     for (side, variant), model in models.items():
         assert model.config._attn_implementation == ("urform" if side == "urform" else variant)
 
