@@ -1,4 +1,4 @@
-"""The triton backend: the host side of `attention_triton_kernels`, as `torch.library` operators with gradients.
+"""The triton backend: the host side of the Triton kernels, as `torch.library` operators with gradients.
 
 In the order of the file: launch configurations, launches of the forward and backward kernels, the operators
 `urform::attention_triton_fwd` and `urform::attention_triton_bwd`, and the backend function, which brings every layout
@@ -26,6 +26,7 @@ from .attention_layouts import Layout
 try:
     import triton
 
+    from . import attention_triton_backward as backward
     from . import attention_triton_kernels as kernels
     from .attention_triton_decode import decode_attention
 
@@ -53,8 +54,8 @@ class Launch:
     num_stages: int
 
 
-#: family -> (pass, bytes of an element) -> head dim up to -> BLOCK_M, BLOCK_N, warps, stages. Compiled ahead of time for
-#: each family by tests/test_triton_compile.py, which checks shared memory and tensor cores.
+#: family -> (pass, bytes of an element) -> head dim up to -> BLOCK_M, BLOCK_N, warps, stages. All are compiled ahead of
+#: time by tests/test_triton_compile.py, which checks shared memory and tensor cores.
 LAUNCHES: dict[str, dict[tuple[str, int], dict[int, tuple[int, int, int, int]]]] = {
     "sm90": {
         ("forward", 2): {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
@@ -178,7 +179,7 @@ class _Call:
 
     def bias_strides(self) -> dict[str, int]:
         """Name the strides of the bias; 0 along what it is broadcast over."""
-        strides = (0, 0, 0, 0)
+        strides: tuple[int, ...] = (0, 0, 0, 0)
         if self.bias is not None and self.kind == DENSE:
             strides = tuple(0 if n == 1 else s for n, s in zip(self.bias.shape, self.bias.stride(), strict=True))
         elif self.bias is not None:
@@ -194,8 +195,8 @@ class _Call:
             return
         kernel = {
             "forward": kernels.attention_forward,
-            "dq": kernels.attention_backward_dq,
-            "dkdv": kernels.attention_backward_dkdv,
+            "dq": backward.attention_backward_dq,
+            "dkdv": backward.attention_backward_dkdv,
         }[name]
         with self.on_device():
             kernel[(tiles * programs,)](
@@ -215,22 +216,25 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, lengths_q: Tensor, starts_k: Tensor, lengths_k: Tensor,
     bias: Tensor | None, map_q: Tensor | None, map_k: Tensor | None, seed: Tensor | None, max_q: int, max_k: int,
     causal: bool, left: int, right: int, kind: int, softcap: float, scale: float, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v = (_dense_last(x) for x in (q, k, v))
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    parts = lse.new_empty(_parts_shape(q))
     call = _Call(
         q, k, v, starts_q, lengths_q, starts_k, lengths_k, bias, map_q, map_k, seed, max_q, max_k, causal, left, right,
         kind, softcap, scale, dropout_p, (out,),
     )  # fmt: skip
     if out.numel():
-        arguments = dict(Out=out, Lse=lse, heads=call.heads, **call.strides("o", (out,)))
+        arguments = dict(
+            Out=out, Lse=lse, Top=_part(parts, 0), Total=_part(parts, 1), heads=call.heads, **call.strides("o", (out,))
+        )
         call.launch("forward", max_q, call.heads * call.batch, arguments)
-    return out, lse
+    return out, lse, parts
 
 
 def _backward(
-    grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool,
+    grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, parts: Tensor, bias_grad: bool,
     q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, lengths_q: Tensor, starts_k: Tensor, lengths_k: Tensor,
     bias: Tensor | None, map_q: Tensor | None, map_k: Tensor | None, seed: Tensor | None, max_q: int, max_k: int,
     causal: bool, left: int, right: int, kind: int, softcap: float, scale: float, dropout_p: float,
@@ -244,7 +248,8 @@ def _backward(
     delta = torch.empty_like(lse)
     if out.numel():
         _launch_delta(call, out, grad, grad_lse, lse, delta)
-    common = dict(Grad=grad, Lse=lse, Delta=delta, **call.strides("g", (grad,)))
+    top = lse if parts.numel() == 0 else parts[0]
+    common = dict(Grad=grad, Top=top, Total=_part(parts, 1), Delta=delta, **call.strides("g", (grad,)))
     sums, ds = _bias_buffers(call, bias_grad)
     if dq.numel():
         shape = (0, 0) if ds is None else (ds.shape[2], ds.shape[3])
@@ -270,11 +275,20 @@ def _backward(
     return dq, dk, dv, dbias
 
 
+def _parts_shape(q: Tensor) -> tuple[int, ...]:
+    """Shape of the log-sum-exp's parts, which float32 keeps for the backward pass (its logarithm rounds too much)."""
+    return (2, q.shape[1], q.shape[0]) if q.dtype == torch.float32 else (2, 0, 0)
+
+
+def _part(parts: Tensor, index: int) -> Tensor | None:
+    return parts[index] if parts.numel() else None
+
+
 def _launch_delta(call: _Call, out: Tensor, grad: Tensor, grad_lse: Tensor | None, lse: Tensor, delta: Tensor) -> None:
     rows = 32
     tiles = -(-call.tokens // rows)
     with call.on_device():
-        kernels.attention_delta[(tiles * call.heads,)](
+        backward.attention_delta[(tiles * call.heads,)](
             out, grad, None if grad_lse is None else grad_lse.contiguous(), lse, delta,
             **call.strides("og", (out, grad)), tokens_q=call.tokens, tiles=tiles, HEAD_DIM_V=call.v_dim,
             BLOCK_DV=call.v_width, BLOCK_M=rows, UNIT=call.unit, num_warps=4,
@@ -306,7 +320,7 @@ def _add_diagonals(call: _Call, common: dict[str, Any], dtable: Tensor) -> None:
     splits = max(1, min(tiles * call.batch, DIAGONAL_PROGRAMS // programs))
     sums = torch.empty(splits, call.heads, diagonals, dtype=torch.float32, device=call.q.device)
     with call.on_device():
-        kernels.attention_backward_diagonals[(programs * splits,)](
+        backward.attention_backward_diagonals[(programs * splits,)](
             **call.shared, **common, Sums=sums, tiles=tiles, heads=call.heads, batch=call.batch, low_diagonal=low,
             diagonals=diagonals, splits=splits, BLOCK=launch.block_m, num_warps=launch.num_warps,
             num_stages=launch.num_stages,
@@ -322,7 +336,7 @@ def attention_triton_fwd(
     q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, lengths_q: Tensor, starts_k: Tensor, lengths_k: Tensor,
     bias: Tensor | None, map_q: Tensor | None, map_k: Tensor | None, seed: Tensor | None, max_q: int, max_k: int,
     causal: bool, left: int, right: int, kind: int, softcap: float, scale: float, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute attention of sequences that own consecutive rows of q, k and v.
 
     Args:
@@ -338,7 +352,8 @@ def attention_triton_fwd(
         softcap: 0 for none.
 
     Returns:
-        out `[N, H, Dv]` and lse float32 `[H, N]`; zeros and -inf in padding and in rows without keys.
+        out `[N, H, Dv]` and lse float32 `[H, N]`, zeros and -inf in padding and in rows without keys; then what the
+        backward pass wants besides.
     """
     return _forward(
         q, k, v, starts_q, lengths_q, starts_k, lengths_k, bias, map_q, map_k, seed, max_q, max_k, causal, left, right,
@@ -348,27 +363,28 @@ def attention_triton_fwd(
 
 @torch.library.custom_op("urform::attention_triton_bwd", mutates_args=())
 def attention_triton_bwd(
-    grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool,
+    grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, parts: Tensor, bias_grad: bool,
     q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, lengths_q: Tensor, starts_k: Tensor, lengths_k: Tensor,
     bias: Tensor | None, map_q: Tensor | None, map_k: Tensor | None, seed: Tensor | None, max_q: int, max_k: int,
     causal: bool, left: int, right: int, kind: int, softcap: float, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Give the gradients of `attention_triton_fwd` in q, k, v and the bias (empty unless `bias_grad`)."""
     return _backward(
-        grad, grad_lse, out, lse, bias_grad, q, k, v, starts_q, lengths_q, starts_k, lengths_k, bias, map_q, map_k,
-        seed, max_q, max_k, causal, left, right, kind, softcap, scale, dropout_p,
+        grad, grad_lse, out, lse, parts, bias_grad, q, k, v, starts_q, lengths_q, starts_k, lengths_k, bias, map_q,
+        map_k, seed, max_q, max_k, causal, left, right, kind, softcap, scale, dropout_p,
     )  # fmt: skip
 
 
 @attention_triton_fwd.register_fake
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return out, lse, lse.new_empty(_parts_shape(q))
 
 
 @attention_triton_bwd.register_fake
 def _backward_fake(
-    grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool,
+    grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, parts: Tensor, bias_grad: bool,
     q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, lengths_q: Tensor, starts_k: Tensor, lengths_k: Tensor,
     bias: Tensor | None, *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -376,17 +392,19 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:11], *output)
     ctx.numbers = inputs[11:]
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
+def _differentiate(
+    ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse, parts = ctx.saved_tensors
     bias_grad = ctx.needs_input_grad[7]
     grad = torch.zeros_like(out) if grad is None else grad
-    dq, dk, dv, dbias = attention_triton_bwd(grad, grad_lse, out, lse, bias_grad, *tensors, *ctx.numbers)
+    dq, dk, dv, dbias = attention_triton_bwd(grad, grad_lse, out, lse, parts, bias_grad, *tensors, *ctx.numbers)
     return dq, dk, dv, *(None,) * 4, dbias if bias_grad else None, *(None,) * 12
 
 
@@ -430,6 +448,10 @@ class _Rows:
     order: Tensor | None = None
     inverse: Tensor | None = None
     columns: Tensor | None = None
+
+    def bounds(self) -> Tensor:
+        """First real row of each sequence and the one after its last, `[2, B]`."""
+        return torch.stack([self.starts[:-1], self.starts[:-1] + self.lengths])
 
 
 def _rows_of(layout: Layout) -> _Rows:
@@ -495,27 +517,53 @@ def triton_attention(
         ValueError: Triton is missing, or the tensors' device, dtype or head dims are not served.
     """
     _check_served(q, v)
-    left, right = window or (None, None)
-    q_rows, kv_rows = _rows_of(q_layout), _rows_of(kv_layout)
     weight = _bias_tensor(bias, q_layout, kv_layout)
-    inputs = (_gather(q, q_rows), _gather(k, kv_rows), _gather(v, kv_rows))
-    kind = KINDS[bias.kind if bias is not None else None]
-    if dropout_p == 0:
-        seed = None
-    elif not isinstance(seed, Tensor):
-        seed = torch.full((), seed or 0, dtype=torch.int64, device=q.device)
-    out, lse = attention_triton_fwd(
-        *inputs, q_rows.starts, q_rows.lengths, kv_rows.starts, kv_rows.lengths, weight,
-        q_rows.columns if kind == DENSE else None, kv_rows.columns if kind == DENSE else None,
-        None if seed is None else seed.to(q.device, torch.int64), q_layout.length, kv_layout.length, causal,
-        -1 if left is None else left, -1 if right is None else right, kind, softcap or 0.0, scale, dropout_p,
-    )  # fmt: skip
+    kind = KINDS[None if bias is None else bias.kind]
+    q_rows, kv_rows = _rows_of(q_layout), _rows_of(kv_layout)
+    mapped = kind == DENSE and (q_rows.order is not None or kv_rows.order is not None)
+    if dropout_p == 0 and not mapped and _decodes(q, k, v, weight, q_layout.length):
+        k, v, bounds_k = _as_cache(k, v, kv_layout, kv_rows)
+        out, lse = decode_attention(
+            _gather(q, q_rows), k, v, q_rows.starts if q_layout.mask is None else q_rows.bounds(), bounds_k,
+            q_layout.length, kv_layout.length, causal=causal, window=window, slopes=weight if kind == ALIBI else None,
+            lut=weight if kind == TABLE else None, dense=weight if kind == DENSE else None, softcap=softcap,
+            scale=scale,
+        )  # fmt: skip
+    else:
+        left, right = (-1 if side is None else side for side in window or (None, None))
+        out, lse, _ = attention_triton_fwd(
+            _gather(q, q_rows), _gather(k, kv_rows), _gather(v, kv_rows), q_rows.starts, q_rows.lengths,
+            kv_rows.starts, kv_rows.lengths, weight, q_rows.columns if mapped else None,
+            kv_rows.columns if mapped else None, None if dropout_p == 0 else _seed_tensor(seed, q.device),
+            q_layout.length, kv_layout.length, causal, left, right, kind, softcap or 0.0, scale, dropout_p,
+        )  # fmt: skip
     if q_rows.inverse is not None:
         out, lse = out.index_select(0, q_rows.inverse), lse.index_select(1, q_rows.inverse)
     if not q_layout.is_packed:
         out = out.unflatten(0, (q_layout.batch, q_layout.length))
         lse = lse.unflatten(1, (q_layout.batch, q_layout.length)).transpose(0, 1)
     return out, lse if return_lse else None
+
+
+def _decodes(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, queries: int) -> bool:
+    """Whether the decode kernel is to do it: few queries, no gradient, head dims that it serves."""
+    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, weight))
+    return not grad and queries <= DECODE_QUERIES and all(d % 8 == 0 and d >= 16 for d in (q.shape[-1], v.shape[-1]))
+
+
+def _as_cache(k: Tensor, v: Tensor, layout: Layout, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Give keys, values and their bounds to the decode kernel: a cache as it is, whatever its strides."""
+    if layout.is_packed:
+        return k, v, rows.starts
+    if rows.order is not None:
+        k, v = (_gather(x, rows).unflatten(0, (layout.batch, layout.length)) for x in (k, v))
+    return k, v, torch.stack([torch.zeros_like(rows.lengths), rows.lengths])
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if isinstance(seed, Tensor):
+        return seed.to(device, torch.int64)
+    return torch.full((), seed or 0, dtype=torch.int64, device=device)
 
 
 def _check_served(q: Tensor, v: Tensor) -> None:
