@@ -21,7 +21,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from .attention_triton_kernels import ALIBI, DENSE, LN2, LOG2E, NO_BIAS, TABLE, load_rows, score_tile
+from .attention_triton_kernels import ALIBI, DENSE, LN2, NO_BIAS, TABLE, exponential, load_rows, score_tile
 
 try:
     import triton
@@ -114,19 +114,20 @@ def decode_split(
             tl.dot(q, tl.trans(k), input_precision="ieee"), rows[:, None], (first + offs_n)[None, :], first_row, first,
             length_q, high, shift, left, right, scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK,
             stride_bias_row, stride_bias_column, BLOCK_M // GROUP + 2, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP,
-            BIAS, EXACT,
+            BIAS, EXACT, EXACT,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
         finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(scores - finite_top[:, None])
-        shrink = tl.exp2(top - finite_top)
+        p = exponential(scores - finite_top[:, None], EXACT)
+        shrink = exponential(top - finite_top, EXACT)
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
 
     attends = total > 0
     safe_total = tl.where(attends, total, 1.0)
-    lse = tl.where(attends, (top + tl.log2(safe_total)) * LN2, float("-inf"))
+    top = top if EXACT else top * LN2
+    lse = tl.where(attends, top + tl.log2(safe_total) * LN2, float("-inf"))
     stored = rows < length_q
     tokens = split.to(tl.int64) * tokens_q + start_q + rows
     Out += (tokens * kv_heads * GROUP + heads)[:, None] * HEAD_DIM_V + offs_dv[None, :]
@@ -151,18 +152,18 @@ def decode_combine(
     top = float("-inf")
     for first in range(0, splits, BLOCK_S):
         parts = first + tl.arange(0, BLOCK_S)
-        scores = tl.load(Lses + parts * rows + lse_at, mask=parts < splits, other=float("-inf")) * LOG2E
+        scores = tl.load(Lses + parts * rows + lse_at, mask=parts < splits, other=float("-inf"))
         pointers = Parts + (parts[:, None] * rows + row) * HEAD_DIM_V + offs_dv[None, :]
         part = tl.load(pointers, mask=(scores > float("-inf"))[:, None] & inside[None, :], other=0.0)
         new_top = tl.maximum(top, tl.max(scores, 0))
         finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - finite_top)
-        shrink = tl.exp2(top - finite_top)
+        weights = exponential(scores - finite_top, True)
+        shrink = exponential(top - finite_top, True)
         total = total * shrink + tl.sum(weights, 0)
         acc = acc * shrink + tl.sum(part * weights[:, None], 0)
         top = new_top
     safe_total = tl.where(total > 0, total, 1.0)
-    lse = tl.where(total > 0, (top + tl.log2(safe_total)) * LN2, float("-inf"))
+    lse = tl.where(total > 0, top + tl.log2(safe_total) * LN2, float("-inf"))
     tl.store(Out + row * HEAD_DIM_V + offs_dv, (acc / safe_total).to(Out.dtype.element_ty), inside)
     tl.store(Lse + lse_at, lse)
 
