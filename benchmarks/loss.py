@@ -6,8 +6,8 @@
 
 One call is the loss and its gradients by hidden states and weight. "torch" makes all logits (F.linear,
 F.cross_entropy); "torch-chunked" is F.linear_cross_entropy with its default LinearCrossEntropyOptions, where this torch
-has it, without label smoothing. float32 and bfloat16 autocast are compared each by itself; parameters are float32. Rates count rows, ignored
-ones too. Peak memory is what a call adds: logits, gradients, temporaries.
+has it, without label smoothing. float32 and bfloat16 autocast are compared each by itself; parameters are float32.
+Rates count rows, ignored ones too. Peak memory is what a call adds: logits, gradients, temporaries.
 
 - v10k-*: a translator's batch, 1,700 tokens, models 128 and 512 wide, without and with label smoothing;
 - mlm: 15% of 2,048 positions carry a label;

@@ -261,6 +261,21 @@ def test_extreme_logits(dtype: torch.dtype) -> None:
     assert_near(ours, expected, 1e-5 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+def test_on_the_accelerator(name: str, ignored: float, small_pieces: None) -> None:
+    options = OPTIONS[name]
+    tensors = make((3, 13), 24, 37, True, ignored, options.get("ignore_index", -100))
+    device = torch.accelerator.current_accelerator()
+    hidden, weight, labels, bias = (None if t is None else t.detach().to(device) for t in tensors)
+    assert hidden is not None and weight is not None and labels is not None and bias is not None
+    for t in (hidden, weight, bias):
+        t.requires_grad_()
+    ours = gradients(linear_cross_entropy(hidden, weight, labels, bias=bias, **options), hidden, weight, bias)
+    assert_near([t.cpu() for t in ours], truth(*tensors, **options), 2e-6)
+
+
 # ---- which rows, which parts ----
 
 
@@ -422,6 +437,8 @@ def test_ignored_rows_cost_no_work() -> None:
 def test_evaluation_computes_the_loss_alone() -> None:
     hidden, weight, labels, bias = make((50,), 8, 303)
     expected = linear_cross_entropy(hidden, weight, labels, bias=bias).detach()
+    with torch.inference_mode():
+        assert torch.equal(linear_cross_entropy(hidden, weight, labels, bias=bias), expected)
     with torch.no_grad(), Outputs() as outputs:
         loss = linear_cross_entropy(hidden, weight, labels, bias=bias)
     assert torch.equal(loss, expected) and not loss.requires_grad

@@ -206,7 +206,7 @@ def _loss_and_gradients(
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     shift_E = None
     if spread:
-        rows_E, columns_E = hidden_KE.sum(0, dtype=wide), weight_VE.sum(0, dtype=wide)
+        rows_E, columns_E = hidden_KE.sum(0, dtype=wide), weight.sum(0, dtype=wide)
         total -= spread * logit_scale * rows_E.double().dot(columns_E.double())
         if bias_V is not None:
             total -= spread * logit_scale * K * bias_V.sum(dtype=torch.float64)
@@ -214,7 +214,7 @@ def _loss_and_gradients(
     if needs[0] and index_K is not None:
         d_hidden.zero_()
     if needs[1]:
-        d_weight.copy_(rows_E * (-spread * step)) if spread else d_weight.zero_()
+        d_weight[:] = rows_E * (-spread * step) if spread else 0
 
     sizes = _sizes(hidden.device.type)
     chunks = math.ceil(K / max(sizes.chunk_rows, sizes.chunk_elements // V))
