@@ -551,7 +551,9 @@ def test_nothing_is_as_large_as_the_length_squared(family: str, case: str) -> No
         given |= dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=length // 4, max_length_k=length // 4)
     if family == "bart":
         given.pop("position_ids", None)
-        given["decoder_input_ids"] = ids
+        given["decoder_input_ids"] = ids[:, :512]
+        if case == "cu_seq_lens":
+            given |= dict(cu_seq_lens_q=starts // 4, max_length_q=length // 16)
     with Largest() as largest:
         model(**given)[0].square().mean().backward()
     assert largest.elements < length * length, largest.by
@@ -661,13 +663,14 @@ def test_compile_and_export(family: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**given)[0][keep], want, atol=2e-5, rtol=1e-4)
     if family != "bert":
-        for length in (16, 24):  # the second time sizes are symbols
+        for length in (16, 24) if family == "llama" else (16,):  # the second time sizes are symbols
             cache = StaticCache(config=model.config, max_cache_len=length)
             got = compiled(**given, past_key_values=cache)[0][keep]
             torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
         model.config.use_cache = False
-    exported = torch.export.export(model, (), given, strict=False).module()
-    torch.testing.assert_close(exported(**given)[0][keep], want, atol=2e-5, rtol=1e-4)
+    with torch.no_grad():  # the blockwise backend's own backward is not exported
+        exported = torch.export.export(model, (), given, strict=False).module()
+        torch.testing.assert_close(exported(**given)[0][keep], want, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.slow
