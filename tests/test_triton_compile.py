@@ -12,7 +12,6 @@ compile.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ CHIPS: dict[str, tuple[str, int | str, int, int]] = {
     "sm100": ("cuda", 100, 32, 227 * 1024),
     "gfx942": ("hip", "gfx942", 64, 64 * 1024),
 }
+TENSOR_MEMORY = 512  #: columns that a block may use on sm100
 TENSOR_CORES = {"ptx": r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", "amdgcn": r"v_mfma"}
 
 Case = dict[str, Any]
@@ -42,19 +42,44 @@ Case = dict[str, Any]
 # What is compiled ----------------------------------------------------------------------------------------------------
 
 
-def decode_cases(full: bool) -> Iterator[Case]:
-    """Calls of `decode_attention`: dtype x head dims x rows of a tile, with few and with all features."""
-    few = {"causal": True}
-    cached = {"causal": True, "window": (512, None), "bias": "dense", "cache": True}
-    all_ = {"causal": True, "window": (512, 0), "bias": "lut", "softcap": 30.0}
-    dims = ((16, 16), (40, 40), (64, 64), (72, 72), (128, 128), (192, 128), (256, 256))
-    if full:
-        for dtype, dim, max_q in itertools.product(("float16", "bfloat16", "float32"), dims, (1, 4, 16)):
-            for features in (few, cached, all_, {"bias": "alibi"}):
-                yield {"host": "decode", "dtype": dtype, "dims": dim, "max_q": max_q, **features}
-    else:
-        yield {"host": "decode", "dtype": "bfloat16", "dims": (128, 128), "max_q": 1, **cached}
-        yield {"host": "decode", "dtype": "float16", "dims": (256, 256), "max_q": 16, **all_}
+FEW: Case = {"causal": True}
+EVERYTHING: Case = {"causal": True, "window": (512, None), "bias": "table", "softcap": 30.0, "dropout": 0.1}
+DTYPES = ("float16", "bfloat16", "float32")
+#: head dims at the borders of the launch table, and between them (of v, where it differs)
+BORDERS = ((64, 64), (128, 128), (256, 256))
+BETWEEN = ((16, 16), (40, 40), (80, 80), (192, 128), (64, 256), (200, 200))
+
+#: what every test run compiles: each kernel once, and the head dims that need the most shared memory
+USUAL: tuple[Case, ...] = (
+    {"host": "attention", "dtype": "bfloat16", "dims": (128, 128), **EVERYTHING},
+    {"host": "attention", "dtype": "float16", "dims": (256, 256)},
+    {"host": "decode", "dtype": "bfloat16", "dims": (128, 128), "bias": "dense", "cache": True, **FEW},
+    {"host": "decode", "dtype": "float16", "dims": (256, 256), "max_q": 16, **EVERYTHING},
+)
+
+
+def pairwise_features() -> Iterator[Case]:
+    """Eight combinations in which every pair of values of any two features occurs (orthogonal array L8, 4 x 2^4)."""
+    for bias, half in itertools.product(range(4), range(2)):
+        low, high = bias & 1, bias >> 1
+        causal, dropout, softcap, window = half, half ^ low, half ^ high, half ^ low ^ high
+        yield {
+            "bias": (None, "alibi", "table", "dense")[bias],
+            "causal": bool(causal),
+            "dropout": 0.1 * dropout,
+            "softcap": 30.0 * softcap,
+            "window": (512, 0) if window else None,
+        }
+
+
+def matrix(host: str, dtype: str, dims: tuple[int, int]) -> list[Case]:
+    """Give every case of a dtype and head dims: all features where a launch configuration ends, else few and most."""
+    case: Case = {"host": host, "dtype": dtype, "dims": dims}
+    features = list(pairwise_features()) if dims in BORDERS else [FEW, EVERYTHING]
+    if host == "attention":
+        return [{**case, **some} for some in features]
+    sizes = [{"max_q": 1, "cache": True}, {"max_q": 4, "cache": True, "holes": True}, {"max_q": 16}]
+    return [{**case, **some, **size} for some, size in zip(features * 3, itertools.cycle(sizes), strict=False)]
 
 
 def run_decode(case: Case, length: int = 1000) -> None:
@@ -63,7 +88,7 @@ def run_decode(case: Case, length: int = 1000) -> None:
 
     from urform.modeling.kernels.attention_triton_decode import decode_attention
 
-    dtype, (dim, v_dim), max_q = getattr(torch, case["dtype"]), case["dims"], case["max_q"]
+    dtype, (dim, v_dim), max_q = getattr(torch, case["dtype"]), case["dims"], case.get("max_q", 1)
     kind = case.get("bias")
     q = torch.zeros(2 * max_q, 8, dim, dtype=dtype)
     cu_q = torch.tensor([0, max_q, 2 * max_q], dtype=torch.int32)
@@ -76,10 +101,39 @@ def run_decode(case: Case, length: int = 1000) -> None:
     decode_attention(
         q, k, v, cu_q, cu_k, max_q, length + 1, causal=case.get("causal", False), window=case.get("window"),
         slopes=torch.zeros(8) if kind == "alibi" else None,
-        lut=torch.zeros(8, 257) if kind == "lut" else None,
+        lut=torch.zeros(8, 257) if kind == "table" else None,
         dense=torch.zeros(1, 8, max_q, length + 9, dtype=dtype) if kind == "dense" else None,
-        softcap=case.get("softcap"), scale=dim**-0.5,
+        softcap=case.get("softcap") or None, scale=dim**-0.5,
+        map_k=torch.zeros(2, length + 9, dtype=torch.int64) if case.get("holes") else None,
     )  # fmt: skip
+
+
+def run_attention(case: Case, length: int = 1000) -> None:
+    """Run the backend forward and backward once: two sequences, eight query heads for two key/value heads."""
+    import torch
+
+    from urform import ALiBi, DenseBias, Layout, RelativeBias
+    from urform.modeling.kernels import attention_triton
+
+    attention_triton._check_served = lambda q, v: None  # these CPU tensors stand for a GPU's
+    dtype, (dim, v_dim) = getattr(torch, case["dtype"]), case["dims"]
+    q_layout, kv_layout = (
+        Layout.packed(torch.tensor([0, size, 2 * size + 1]), size + 1) for size in (length, length + 4)
+    )
+    q = torch.zeros(2 * length + 1, 8, dim, dtype=dtype, requires_grad=True)
+    k, v = (torch.zeros(2 * length + 9, 2, d, dtype=dtype, requires_grad=True) for d in (dim, v_dim))
+    bias = {
+        "alibi": lambda: ALiBi(torch.zeros(8, requires_grad=True)),
+        "table": lambda: RelativeBias(torch.zeros(8, 257, requires_grad=True)),
+        "dense": lambda: DenseBias(torch.zeros(1, 8, length + 1, length + 5, dtype=dtype, requires_grad=True)),
+    }.get(str(case.get("bias")), lambda: None)()
+    dropout = case.get("dropout", 0.0)
+    out, _lse = attention_triton.triton_attention(
+        q, k, v, q_layout, kv_layout, causal=case.get("causal", False), window=case.get("window"), bias=bias,
+        softcap=case.get("softcap") or None, scale=dim**-0.5, dropout_p=dropout, seed=1 if dropout else None,
+        return_lse=False,
+    )  # fmt: skip
+    out.backward(torch.zeros_like(out))
 
 
 # In the subprocess ---------------------------------------------------------------------------------------------------
@@ -136,7 +190,7 @@ def _worker() -> None:
         print(json.dumps(report), flush=True)
 
 
-RUN = {"decode": run_decode}
+RUN = {"decode": run_decode, "attention": run_attention}
 
 
 def _describe(kernel: Any) -> dict[str, Any]:
@@ -151,6 +205,7 @@ def _describe(kernel: Any) -> dict[str, Any]:
         "binary": binary,
         "bytes": len(asm[binary]) if binary in asm else 0,
         "shared": kernel.metadata.shared,
+        "tensor_memory": getattr(kernel.metadata, "tmem_size", None) or 0,
         "multiplies": "tt.dot" in asm["ttir"],
         "tensor_cores": sorted(set(found)),
         "spilled": _spilled(asm, text),
@@ -201,10 +256,56 @@ def check(report: dict[str, Any]) -> list[str]:
             wrong.append(f"{kernel['name']}: no machine code")
         if kernel["shared"] > limit:
             wrong.append(f"{kernel['name']}: {kernel['shared']} bytes of shared memory, the chip has {limit}")
+        if kernel["tensor_memory"] > TENSOR_MEMORY:  # the kernel is made into a single trap
+            wrong.append(f"{kernel['name']}: {kernel['tensor_memory']} columns of tensor memory")
         ieee = backend == "cuda" and report["case"]["dtype"] == "float32"
         if kernel["multiplies"] and not ieee and not kernel["tensor_cores"]:
             wrong.append(f"{kernel['name']}: no tensor-core instruction")
     return wrong if report["kernels"] else ["nothing was compiled"]
+
+
+def assert_compiles(chip: str, cases: Sequence[Case], cache: Path) -> None:
+    """Compile, print what was found (`pytest -s` shows it), and fail with everything that is wrong."""
+    reports = compile_all([{"chip": chip, "case": case, "lengths": [1000]} for case in cases], cache)
+    kernels = [kernel for report in reports for kernel in report["kernels"]]
+    shared, spilled = (max((kernel[key] for kernel in kernels), default=0) for key in ("shared", "spilled"))
+    print(
+        f"\n{chip}: {len(kernels)} kernels of {len(reports)} cases, {shared} bytes of shared memory at most, "
+        f"{sum(kernel['spilled'] > 0 for kernel in kernels)} spill (at most {spilled}), "
+        f"{sum(report['seconds'] for report in reports):.0f} s"
+    )
+    wrong = [(report["case"], message) for report in reports for message in check(report)]
+    assert not wrong, "\n".join(f"{chip} {case}: {message}" for case, message in wrong)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_kernel_compiles(chip: str, tmp_path: Path) -> None:
+    assert_compiles(chip, USUAL, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("dims", BORDERS + BETWEEN, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("host", ["attention", "decode"])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_matrix_compiles(chip: str, host: str, dtype: str, dims: tuple[int, int], tmp_path: Path) -> None:
+    """Every launch configuration: dtypes x head dims x pairs of features."""
+    assert_compiles(chip, matrix(host, dtype, dims), tmp_path)
+
+
+def test_one_compile_serves_all_lengths(tmp_path: Path) -> None:
+    """Fifty lengths, divisible by 16 and not, windows and tables of other sizes: each kernel is compiled once."""
+    case: Case = {"dtype": "float16", "dims": (40, 40), **FEW, "bias": "table"}
+    lengths = [1, 2, 16, 17, *range(200, 1350, 25)]
+    jobs = [
+        {"chip": "sm80", "case": {"host": "attention", **case}, "lengths": lengths},
+        {"chip": "sm80", "case": {"host": "decode", **case}, "lengths": lengths[4:]},  # shorter ones are not split
+    ]
+    for report, expected in zip(compile_all(jobs, tmp_path), (5, 2), strict=True):
+        assert not check(report)
+        names = [kernel["name"] for kernel in report["kernels"]]
+        assert len(names) == len(set(names)) == expected, names
 
 
 if __name__ == "__main__":
