@@ -10,8 +10,8 @@ has it, without label smoothing. float32 and bfloat16 autocast are compared each
 Rates count rows, ignored ones too. Peak memory is what a call adds: logits, gradients, temporaries.
 
 - v10k-*: a translator's batch, 1,700 tokens, models 128 and 512 wide, without and with label smoothing;
-- mlm: 15% of 2,048 positions carry a label;
-- v128k: 512 rows over a large language model's vocabulary;
+- mlm: 15% of 1,024 positions carry a label;
+- v128k: 256 rows over a large language model's vocabulary;
 - head-*: 8,192 rows, 128,256 classes, 4,096 wide, for --device cuda.
 """
 
@@ -40,8 +40,8 @@ CASES = {
     "v10k-e128-smoothed": Case(1700, 10_000, 128, label_smoothing=0.1),
     "v10k-e512": Case(1700, 10_000, 512),
     "v10k-e512-smoothed": Case(1700, 10_000, 512, label_smoothing=0.1),
-    "mlm": Case(2048, 30_522, 256, labelled=0.15),
-    "v128k": Case(512, 128_256, 256),
+    "mlm": Case(1024, 30_522, 256, labelled=0.15),
+    "v128k": Case(256, 128_256, 128),
     "head-v128k": Case(8192, 128_256, 4096, device="cuda"),
     "head-v128k-smoothed": Case(8192, 128_256, 4096, label_smoothing=0.1, device="cuda"),
 }
