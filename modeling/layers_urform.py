@@ -21,7 +21,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration.configuration_urform import UrformConfig
-from .kernels.attention_biases import ALiBi, T5Bias
+from .kernels.attention_biases import ALiBi, Bias, T5Bias
+from .kernels.attention_layouts import Layout
+from .kernels.dropout_bits import dropout, dropout_add
 
 
 class UrformLayerNorm(nn.Module):
@@ -214,6 +216,14 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def cast_once(hidden: Tensor) -> Tensor:
+    """What autocast would do to the input of each of several projections, done once for all of them."""
+    kind = hidden.device.type
+    if hidden.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return hidden.to(torch.get_autocast_dtype(kind))
+    return hidden
+
+
 class UrformAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2), over the sequence itself or over encoder states."""
 
@@ -264,6 +274,7 @@ class UrformAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `hidden_states` `[B, L, E]` to itself, or to `key_value_states` `[B, S, E]` if given."""
         is_cross = key_value_states is not None
+        hidden_states = cast_once(hidden_states)
         query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
         if self.q_norm is not None:
             query = self.q_norm(query)
@@ -277,7 +288,8 @@ class UrformAttention(nn.Module):
         if is_cached:
             key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
         else:
-            key, value = self._keys_values(key_value_states if is_cross else hidden_states, position_embeddings)
+            states = cast_once(key_value_states) if is_cross else hidden_states
+            key, value = self._keys_values(states, position_embeddings)
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
             if is_cross and isinstance(past_key_values, EncoderDecoderCache):
@@ -325,8 +337,9 @@ class UrformMLP(nn.Module):
         if self.gate_proj is None:
             hidden = self.act_fn(self.up_proj(hidden))
         else:
+            hidden = cast_once(hidden)
             hidden = self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden)
-        return self.down_proj(nn.functional.dropout(hidden, p=self.dropout, training=self.training))
+        return self.down_proj(dropout(hidden, self.dropout, self.training))
 
 
 class UrformLayer(GradientCheckpointingLayer):
@@ -353,13 +366,17 @@ class UrformLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
-        position_bias: Tensor | None = None,
+        position_bias: Tensor | Bias | None = None,
         encoder_attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        encoder_layout: Layout | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """`[B, L, E]` to `[B, L, E]`; `kwargs` (packing) and `position_bias` are for self-attention alone."""
+        layouts = {}
+        if encoder_layout is not None:
+            layouts = {"q_layout": kwargs["q_layout"], "kv_layout": encoder_layout}
         block_input = hidden_states
 
         def self_attention(hidden: Tensor) -> Tensor:
@@ -374,7 +391,11 @@ class UrformLayer(GradientCheckpointingLayer):
 
         def cross_attention(hidden: Tensor) -> Tensor:
             return self.cross_attn(
-                hidden, encoder_attention_mask, key_value_states=encoder_hidden_states, past_key_values=past_key_values
+                hidden,
+                encoder_attention_mask,
+                key_value_states=encoder_hidden_states,
+                past_key_values=past_key_values,
+                **layouts,
             )[0]
 
         hidden_states = self._residual("self_attn", self_attention, hidden_states, block_input)
@@ -386,14 +407,11 @@ class UrformLayer(GradientCheckpointingLayer):
         """One sublayer with its norm, dropout and residual connection, in the order of `norm_position`."""
         norm = getattr(self, f"{name}_norm")
         if self.norm_position == "post":
-            return norm(hidden + self._drop(sublayer(hidden)))
+            return norm(dropout_add(hidden, sublayer(hidden), self.dropout, self.training))
         output = sublayer(norm(block_input if self.norm_position == "parallel" else hidden))
         if self.norm_position == "sandwich":
             output = getattr(self, f"{name}_post_norm")(output)
-        return hidden + self._drop(output)
-
-    def _drop(self, hidden: Tensor) -> Tensor:
-        return nn.functional.dropout(hidden, p=self.dropout, training=self.training)
+        return dropout_add(hidden, output, self.dropout, self.training)
 
 
 class UrformLMTransform(nn.Module):

@@ -33,8 +33,10 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from ..configuration.configuration_urform import UrformConfig
+from .kernels.loss_linear_cross_entropy import linear_cross_entropy
 from .layers_urform import UrformClassifier, UrformLMTransform, keep_logits, pool, real_tokens
-from .stack_urform import UrformDecoder, UrformEncoder, UrformPreTrainedModel, find_documents
+from .packing_urform import find_documents
+from .stack_urform import UrformDecoder, UrformEncoder, UrformPreTrainedModel
 
 
 def shift_right(ids: Tensor, start: int, pad: int, mask: Tensor | None = None) -> Tensor:
@@ -268,6 +270,90 @@ class UrformLanguageModel(UrformPreTrainedModel):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def loss_and_logits(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        shift: bool = False,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The loss of hidden states `[B, L, E]`, without ever holding all logits, and the logits if they are wanted.
+
+        Args:
+            hidden: `[B, L, E]`.
+            labels: `[B, L]`, -100 where there is no loss; None: no loss.
+            logits_to_keep: see `forward`.
+            skip_logits: return no logits; None: skip them in training, where only the loss is read.
+            shift: labels are the ids themselves; position i predicts label i + 1.
+            label_smoothing: share of the target spread over the vocabulary (Szegedy et al. 2016, section 7).
+            z_loss: weight of the squared log of the softmax's denominator (Chowdhery et al. 2022, section 5).
+            kwargs: `num_items_in_batch`, and what a `loss_function` set by the user takes.
+
+        Raises:
+            ValueError: Smoothing or z-loss where the loss must go through logits (an adapter or a quantized layer on
+                `lm_head`, a `loss_function` of the user's).
+        """
+        if labels is None:
+            return None, self.project(hidden, logits_to_keep)
+        if skip_logits is None:
+            skip_logits = self.training and torch.is_grad_enabled()
+        extra = label_smoothing != 0.0 or z_loss != 0.0
+        if not self._can_fuse(hidden, logits_to_keep, kwargs):
+            if extra:
+                raise ValueError(
+                    f"label_smoothing={label_smoothing} and z_loss={z_loss} need the fused loss, but lm_head is wrapped, "
+                    "loss_function is set, or logits_to_keep or shift_labels is given; drop one of them"
+                )
+            skip_logits = False
+        elif skip_logits or extra:
+            logits = None if skip_logits else self.project(hidden, logits_to_keep)
+            return self._fused_loss(hidden, labels, shift, label_smoothing, z_loss, **kwargs), logits
+        logits = self.project(hidden, logits_to_keep)
+        return self.loss_function(logits, labels, self.config.vocab_size, **kwargs), logits
+
+    def _can_fuse(self, hidden: Tensor, logits_to_keep: int | Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether hidden states may meet the projection's weight outside of `lm_head` (no adapter, shard or hook)."""
+        head = self.lm_head
+        plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(self, "_loss_function")
+        hooked = bool(head._forward_hooks or head._forward_pre_hooks) or hasattr(head, "_hf_hook")
+        whole = plain and head.weight.shape[0] == self.config.vocab_size and head.weight.device == hidden.device
+        asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or kwargs.get("shift_labels") is not None
+        return whole and not hooked and not asked
+
+    def _fused_loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        shift: bool,
+        label_smoothing: float,
+        z_loss: float,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> Tensor:
+        labels = labels.to(hidden.device)
+        if shift:
+            labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        if self.transform is not None:  # of the masked positions alone
+            kept = (labels != ignore_index).flatten().nonzero()[:, 0]
+            labels, hidden = labels.flatten()[kept], self.transform(hidden.flatten(0, 1)[kept])
+        return linear_cross_entropy(
+            hidden,
+            self.lm_head.weight,
+            labels,
+            bias=self.lm_head.bias,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=self.config.final_logit_softcapping,
+            logit_scale=self.config.logit_scale,
+            ignore_index=ignore_index,
+            num_items=num_items_in_batch,
+        )
+
 
 class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
     """Sequence to sequence: translation, summarization, dialogue."""
@@ -314,6 +400,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         """See `UrformModel.forward`; `position_ids` are the source's here and go with the other keywords.
@@ -321,6 +408,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         Args:
             labels: `[B, L]`, -100 where there is no loss; the decoder's input is made of them if none is given.
             logits_to_keep: Compute logits of the last so many positions only (0: all), or of those indexed.
+            skip_logits: Return a loss without logits; None: in training. See `loss_and_logits` for the loss's options.
         """
         if labels is not None:
             use_cache = False
@@ -341,10 +429,9 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             use_cache=use_cache,
             **_without_loss(kwargs),
         )
-        logits = self.project(outputs.last_hidden_state, logits_to_keep)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        loss, logits = self.loss_and_logits(
+            outputs.last_hidden_state, labels, logits_to_keep, skip_logits, **_of_loss(kwargs)
+        )
         return Seq2SeqLMOutput(loss=loss, logits=logits, **_rest(outputs))
 
 
@@ -364,6 +451,7 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """See `UrformModel.forward`.
@@ -371,7 +459,10 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
         Args:
             labels: `[B, L]`, the ids themselves (the loss shifts them), -100 where there is no loss.
             logits_to_keep: Compute logits of the last so many positions only (0: all), or of those indexed.
+            skip_logits: Return a loss without logits; None: in training. See `loss_and_logits` for the loss's options.
         """
+        if labels is not None and use_cache is None and past_key_values is None:
+            use_cache = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -381,10 +472,13 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
             use_cache=use_cache,
             **_without_loss(kwargs),
         )
-        logits = self.project(outputs.last_hidden_state, logits_to_keep)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        if labels is not None and attention_mask is not None and attention_mask.ndim == 2:
+            # Padding on the left predicts nothing: a row's loss is what it is without padding.
+            before = nn.functional.pad(attention_mask[:, -labels.shape[1] :], (1, 0), value=1)[:, :-1]
+            labels = labels.masked_fill(before.to(labels.device) == 0, -100)
+        loss, logits = self.loss_and_logits(
+            outputs.last_hidden_state, labels, logits_to_keep, skip_logits, shift=True, **_of_loss(kwargs)
+        )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -408,9 +502,10 @@ class UrformForMaskedLM(UrformLanguageModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """See `UrformModel.forward`; `labels` `[B, S]` are -100 where there is no loss."""
+        """See `UrformModel.forward` and `loss_and_logits`; `labels` `[B, S]` are -100 where there is no loss."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -419,17 +514,23 @@ class UrformForMaskedLM(UrformLanguageModel):
             inputs_embeds=inputs_embeds,
             **_without_loss(kwargs),
         )
-        logits = self.project(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        loss, logits = self.loss_and_logits(
+            outputs.last_hidden_state, labels, skip_logits=skip_logits, **_of_loss(kwargs)
+        )
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
+_LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "label_smoothing", "z_loss", "ignore_index")
+
+
 def _without_loss(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if key not in ("num_items_in_batch", "shift_labels")}
+    return {key: value for key, value in kwargs.items() if key not in _LOSS_OPTIONS}
+
+
+def _of_loss(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key in _LOSS_OPTIONS}
 
 
 class UrformForSequenceClassification(UrformPreTrainedModel):

@@ -30,7 +30,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.bundle_urform import BundledCodeMixin
 from ..configuration.configuration_urform import UrformConfig
+from .attention_interface import NAME as ATTENTION_NAME
 from .attention_interface import register_attention
+from .kernels.attention_biases import Bias
+from .kernels.dropout_bits import dropout
 from .layers_urform import (
     UrformAttention,
     UrformEmbedding,
@@ -39,6 +42,16 @@ from .layers_urform import (
     UrformRotaryEmbedding,
     build_norm,
     sinusoidal_positions,
+)
+from .packing_urform import (
+    Packing,
+    check_pairs,
+    find_documents,
+    find_packing,
+    find_positions,
+    refuse_unpaired,
+    same_document,
+    takes_layouts,
 )
 
 register_attention()  # remote code never runs the package's __init__
@@ -85,6 +98,10 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
         It un-pads cross-attention's queries with the keys' mask, and has no position bias.
         """
         return not self.config.is_encoder_decoder and self.config.position_encoding not in ("alibi", "t5")
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As the library's, but where nothing is asked for, Urform's own attention is taken: it serves every case."""
+        return super().get_correct_attn_implementation(requested_attention or ATTENTION_NAME, is_init_check)
 
     def init_parallel_plans(self) -> None:
         """Keep of the config's plans, which serve every stack, what matches a module of this model."""
@@ -138,48 +155,6 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
         return embeddings
 
 
-def find_documents(
-    length: int, position_ids: Tensor | None, mask: Tensor | None, cu_seq_lens: Tensor | None
-) -> Tensor | None:
-    """Number the documents of packed rows, `[B, L]`; None where every row is one document.
-
-    They are told by `cu_seq_lens` (one row), or else begin wherever `position_ids` of real tokens do not go up by one.
-    """
-    if cu_seq_lens is not None:
-        places = torch.arange(length, device=cu_seq_lens.device)
-        return torch.searchsorted(cu_seq_lens[1:].to(places), places, right=True)[None]
-    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != length:
-        return None
-    begins = position_ids.diff(dim=-1) != 1
-    if mask is not None and mask.shape[1] == length:
-        begins = begins & mask[:, 1:].bool() & mask[:, :-1].bool()
-    if not is_tracing(begins) and not begins.any():
-        return None
-    return nn.functional.pad(begins.long().cumsum(-1), (1, 0))
-
-
-def find_positions(
-    embeds: Tensor, mask: Tensor | None, cu_seq_lens: Tensor | None, documents: Tensor | None, past: int | Tensor
-) -> Tensor:
-    """Positions `[B or 1, L]` that count real tokens from each document's first, after `past` cached ones."""
-    length = embeds.shape[1]
-    places = torch.arange(length, device=embeds.device)
-    if cu_seq_lens is not None and documents is not None:
-        return places[None] - cu_seq_lens.to(places)[documents]
-    if mask is not None and mask.shape[1] >= length:
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    return (places + past)[None]
-
-
-def same_document(query_documents: Tensor, key_documents: Tensor) -> Callable:
-    """Mask function: a query sees the keys of its own document."""
-
-    def inner(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return query_documents[batch_idx, q_idx] == key_documents[batch_idx, kv_idx]
-
-    return inner
-
-
 class UrformStack(UrformPreTrainedModel):
     """Embeddings, layers and final norm: the encoder or the decoder. Use `UrformEncoder` or `UrformDecoder`."""
 
@@ -212,25 +187,41 @@ class UrformStack(UrformPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _embed(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
         if (input_ids is None) == (inputs_embeds is None):
             side = "decoder_" if self.is_decoder and self.config.is_encoder_decoder else ""
             raise ValueError(f"Give exactly one of {side}input_ids and {side}inputs_embeds")
         if inputs_embeds is None:
             self._check_ids(input_ids)
-            inputs_embeds = self.embed_tokens(input_ids)
         elif inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size or 0 in inputs_embeds.shape:
             raise ValueError(
                 f"inputs_embeds must be [batch, length, hidden_size={self.config.hidden_size}] with at least one "
                 f"token, got {list(inputs_embeds.shape)}"
             )
+
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        token_type_ids: Tensor | None,
+        packing: Packing | None,
+    ) -> Tensor:
+        def take(x: Tensor) -> Tensor:
+            return x if packing is None else packing.pack(x)
+
+        if inputs_embeds is not None:
+            embeds = take(inputs_embeds)
+        elif self.embed_tokens._forward_hooks:  # what a hook adds (NEFTune's noise) may depend on the batch's shape
+            embeds = take(self.embed_tokens(input_ids))
+        else:
+            embeds = self.embed_tokens(take(input_ids))
         if self.embed_token_types is not None:
             if token_type_ids is None:
-                token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
-            inputs_embeds = inputs_embeds + self.embed_token_types(token_type_ids)
-        return inputs_embeds
+                types = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            else:
+                types = take(token_type_ids)
+            embeds = embeds + self.embed_token_types(types)
+        return embeds
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.dtype not in (torch.int64, torch.int32):
@@ -294,51 +285,109 @@ class UrformStack(UrformPreTrainedModel):
             biases[kind] = self.position_bias(queries[None], places[None], embeds.dtype).expand(batch, -1, -1, -1)
         return biases
 
+    def _packing(
+        self, given: Tensor, attention_mask: Any, cache: Cache | None, documents: Tensor | None, **kwargs: Any
+    ) -> Packing | None:
+        """The batch without padding, where the attention takes layouts and nobody reads padded tensors on the way."""
+        recorded = ("output_hidden_states", "output_attentions", "output_cross_attentions")
+        wanted = (kwargs.get(name, getattr(self.config, name, None)) for name in recorded)
+        if cache is not None or not takes_layouts(self.config) or is_tracing(given):
+            return None
+        if any(want is not None and want is not False for want in wanted):
+            return None
+        mask, packed = attention_mask, kwargs.get("cu_seq_lens_q")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != given.shape[:2] or packed is not None):
+            return None
+        return find_packing(tuple(given.shape[:2]), mask, documents, packed, given.device)
+
     def _run(
         self,
-        embeds: Tensor,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
         attention_mask: Any,
         position_ids: Tensor | None,
+        token_type_ids: Tensor | None = None,
         cache: Cache | None = None,
         cross: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Embeddings to final hidden states; `cross` holds the encoder's states, padding mask and documents."""
+        """Inputs to final hidden states; `cross` holds the encoder's states, padding mask and documents."""
+        self._check_inputs(input_ids, inputs_embeds)
+        given = input_ids if inputs_embeds is None else inputs_embeds
         mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         past = cache.get_seq_length() if cache is not None else 0
         packed = kwargs.get("cu_seq_lens_q")
-        if packed is not None and embeds.shape[0] != 1:
-            raise ValueError(f"cu_seq_lens describe one packed row, the batch is {embeds.shape[0]}; pack to batch 1")
+        if packed is not None and given.shape[0] != 1:
+            raise ValueError(f"cu_seq_lens describe one packed row, the batch is {given.shape[0]}; pack to batch 1")
         has_past = isinstance(past, Tensor) or past > 0
-        documents = find_documents(embeds.shape[1], None if has_past else position_ids, mask, packed)
-        if position_ids is None:
-            position_ids = find_positions(embeds, mask, packed, documents, past)
+        documents = find_documents(given.shape[1], None if has_past else position_ids, mask, packed)
+        packing = self._packing(given, attention_mask, cache, documents, **kwargs)
+        source = None
+        if packing is not None and cross is not None:
+            source = self._source_packing(packing, *cross)
+            packing = None if source is None else packing
 
+        embeds = self._embed(input_ids, inputs_embeds, token_type_ids, packing)
+        if packing is not None:
+            position_ids = packing.layout.positions if position_ids is None else position_ids.expand(packing.shape)
+            position_ids = position_ids[None] if position_ids.ndim == 1 else packing.pack(position_ids)
+        elif position_ids is None:
+            position_ids = find_positions(embeds, mask, packed, documents, past)
         hidden_states = self._add_positions(embeds, position_ids)
         if self.embed_norm is not None:
             hidden_states = self.embed_norm(hidden_states)
-        hidden_states = nn.functional.dropout(hidden_states, p=self.config.hidden_dropout_prob, training=self.training)
+        hidden_states = dropout(hidden_states, self.config.hidden_dropout_prob, self.training)
 
-        masks = self._masks(embeds, attention_mask, cache, documents)
-        biases = self._biases(embeds, cache, past)
         rotary = self.rotary_emb.items() if self.rotary_emb is not None else ()
         angles = {kind: module(hidden_states, position_ids) for kind, module in rotary}
-        encoder_hidden_states = None
-        if cross is not None:
-            encoder_hidden_states, *source = cross
-            kwargs["encoder_attention_mask"] = self._cross_mask(embeds, encoder_hidden_states, documents, *source)
-        if documents is not None:
-            kwargs["position_ids"] = position_ids  # by these flash attention tells documents apart
+        encoder_hidden_states = None if cross is None else cross[0]
+        masks: dict[str, Any] = {}
+        biases: dict[str, Tensor | Bias] = {}
+        if packing is not None:
+            kwargs = {
+                key: value for key, value in kwargs.items() if not key.startswith(("cu_seq_lens_", "max_length_"))
+            }
+            kwargs["q_layout"] = packing.layout
+            if self.position_bias is not None:
+                biases = dict.fromkeys(self.layer_types, self.position_bias.bias(embeds.device))
+            if source is not None:
+                kwargs["encoder_layout"] = source.layout
+                encoder_hidden_states = source.pack(encoder_hidden_states)
+        else:
+            masks = self._masks(embeds, attention_mask, cache, documents)
+            biases = self._biases(embeds, cache, past)
+            if cross is not None:
+                kwargs["encoder_attention_mask"] = self._cross_mask(embeds, cross[0], documents, *cross[1:])
+            if documents is not None:
+                kwargs["position_ids"] = position_ids  # by these flash attention tells documents apart
         for layer in self.layers:  # what needs gradients goes by position: reentrant checkpointing sees only those
             hidden_states = layer(
                 hidden_states,
-                masks[layer.layer_type],
+                masks.get(layer.layer_type),
                 encoder_hidden_states,
                 biases.get(layer.layer_type),
                 position_embeddings=angles.get(layer.layer_type),
                 **kwargs,
             )
-        return hidden_states if self.norm is None else self.norm(hidden_states)
+        if self.norm is not None:
+            hidden_states = self.norm(hidden_states)
+        return hidden_states if packing is None else packing.unpack(hidden_states)
+
+    def _source_packing(
+        self,
+        packing: Packing,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None,
+        encoder_documents: Tensor | None,
+    ) -> Packing | None:
+        """The encoder's states without padding, paired with the target's sequences; None: their mask is no 2D one."""
+        shape = encoder_hidden_states.shape[:2]
+        if encoder_attention_mask is not None and encoder_attention_mask.shape != shape:
+            return None
+        device = encoder_hidden_states.device
+        source = find_packing(tuple(shape), encoder_attention_mask, encoder_documents, None, device)
+        check_pairs(packing, source)
+        return source
 
     def _cross_mask(
         self,
@@ -355,12 +404,9 @@ class UrformStack(UrformPreTrainedModel):
             for i, states in enumerate((embeds, encoder_hidden_states)):
                 if sides[i] is None:
                     sides[i] = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-            ends = [side[:, -1] for side in sides]
-            if not is_tracing(ends[0]) and not torch.equal(*ends):
-                raise ValueError(
-                    f"packed rows hold {(ends[0] + 1).tolist()} targets but {(ends[1] + 1).tolist()} sources; "
-                    "position_ids and decoder_position_ids (or cu_seq_lens_k and cu_seq_lens_q) must agree"
-                )
+            ends = [side[:, -1] + 1 for side in sides]
+            if not is_tracing(ends[0]):
+                refuse_unpaired(*ends)
             same = same_document(*sides)
         return create_bidirectional_mask(
             config=self.config,
@@ -393,8 +439,8 @@ class UrformEncoder(UrformStack):
         **kwargs: Any,
     ) -> BaseModelOutput:
         """See `UrformModel.forward`."""
-        embeds = self._embed(input_ids, inputs_embeds, token_type_ids)
-        return BaseModelOutput(last_hidden_state=self._run(embeds, attention_mask, position_ids, **kwargs))
+        states = self._run(input_ids, inputs_embeds, attention_mask, position_ids, token_type_ids, **kwargs)
+        return BaseModelOutput(last_hidden_state=states)
 
 
 class UrformDecoder(UrformStack):
@@ -426,7 +472,6 @@ class UrformDecoder(UrformStack):
         """See `UrformModel.forward`; `encoder_documents` `[B, S]` numbers the documents of packed sources."""
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states is None; the decoder of an encoder-decoder needs them")
-        embeds = self._embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
             if self.config.is_encoder_decoder:  # the cross-attention's cache slides for no layer
@@ -443,7 +488,9 @@ class UrformDecoder(UrformStack):
         if encoder_hidden_states is not None:
             cross = (encoder_hidden_states, encoder_attention_mask, encoder_documents)
         kwargs.update(past_key_values=past_key_values, use_cache=use_cache)
-        hidden_states = self._run(embeds, attention_mask, position_ids, cache, cross, **kwargs)
+        hidden_states = self._run(
+            input_ids, inputs_embeds, attention_mask, position_ids, cache=cache, cross=cross, **kwargs
+        )
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
         )

@@ -8,7 +8,9 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -18,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from urform.modeling.kernels import attention_dispatch
+from urform.modeling.kernels import attention_buckets, attention_dispatch
 from urform.modeling.kernels.attention_biases import ALiBi, Bias, DenseBias, RelativeBias, T5Bias
 from urform.modeling.kernels.attention_dispatch import attention, attention_backends
 from urform.modeling.kernels.attention_layouts import Layout
 
-BACKENDS = list(attention_backends())
+BACKENDS = [name for name in attention_backends() if name != "triton"]  # which has tests of its own
 BIASES = [None, "alibi", "t5", "t5-causal", "relative", "dense", "dense-inf", "dense-2d"]
 MASKS = ["none", "left", "right", "holes", "empty-row"]
 WINDOWS = [None, (2, 1), (0, None), (-1, 2), (3, 0)]
@@ -245,6 +247,15 @@ def gradients(out: Tensor, problem: Problem) -> list[Tensor]:
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, problem.leaves, strict=True)]
 
 
+@contextmanager
+def small_blocks() -> Iterator[None]:
+    """Let the blockwise backend meet many blocks, of rows and of keys, in small problems."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in {"BLOCK_ELEMENTS": 24, "BLOCK_KEYS": 3, "MIN_ROWS": 2}.items():
+            patch.setattr(attention_buckets, name, size)
+        yield
+
+
 def check(problem: Problem, backends: list[str] = BACKENDS) -> None:
     """Output and every gradient of every backend, padded and packed, against the truth."""
     expected, expected_lse = problem.truth()
@@ -253,17 +264,21 @@ def check(problem: Problem, backends: list[str] = BACKENDS) -> None:
     for backend in backends:
         if not serves(backend, problem):
             continue
-        results = {"padded": problem.run(backend)}
+        runs = {"padded": problem.run}
         if not (problem.bias_kind or "").startswith("dense"):  # a dense bias has the coordinates of one layout
-            results["packed"] = problem.run_packed(backend)
-        for name, out in results.items():
-            at = f"{backend} {name} {problem}"
-            torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-9, msg=lambda m, at=at: f"{at}\n{m}")
-            assert (out[expected == 0] == 0).all(), at
-            for got, want in zip(gradients(out, problem), expected_grads, strict=True):
-                torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-8, msg=lambda m, at=at: f"{at}\n{m}")
-    out, lse = problem.run("reference", return_lse=True)
-    torch.testing.assert_close(lse, expected_lse, atol=1e-10, rtol=1e-9)
+            runs["packed"] = problem.run_packed
+        sizes = [nullcontext, small_blocks] if backend == "blockwise" else [nullcontext]
+        for (name, run), size in itertools.product(runs.items(), sizes):
+            at = f"{backend} {name} {size.__name__} {problem}"
+            with size():
+                out = run(backend)
+                torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-9, msg=lambda m, at=at: f"{at}\n{m}")
+                assert (out[expected == 0] == 0).all(), at
+                for got, want in zip(gradients(out, problem), expected_grads, strict=True):
+                    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-8, msg=lambda m, at=at: f"{at}\n{m}")
+    for backend in ("reference", "blockwise"):
+        out, lse = problem.run(backend, return_lse=True)
+        torch.testing.assert_close(lse, expected_lse, atol=1e-10, rtol=1e-9)
 
 
 # ---- against the truth ----
@@ -519,11 +534,15 @@ def test_compiles_whole_on_the_padded_path() -> None:
 # ---- choosing and refusing ----
 
 
-def test_auto_takes_the_fast_path_and_warns_once_when_it_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_warns_once_when_it_leaves_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_dispatch, "_warned", set())
-    x = torch.randn(1, 3, 2, 4)
+    poor = replace(attention_dispatch.BACKENDS["blockwise"], serves=frozenset({"causal"}))
+    x = torch.randn(1, 3, 2, 4, requires_grad=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        attend(x, x, x, causal=True, softcap=3.0, dropout_p=0.1, seed=1)
+        assert not caught
+        monkeypatch.setitem(attention_dispatch.BACKENDS, "blockwise", poor)
         attend(x, x, x, causal=True)
         assert not caught
         for _ in range(2):
@@ -531,6 +550,13 @@ def test_auto_takes_the_fast_path_and_warns_once_when_it_leaves_it(monkeypatch: 
         attend(x, x, x, dropout_p=0.1, seed=1)
     messages = [str(w.message) for w in caught]
     assert len(messages) == 2 and "softcap" in messages[0] and "seed" in messages[1]
+    assert all("blockwise" in message and "reference" in message for message in messages)
+
+
+def test_a_backend_that_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend='triton' cannot run here: .*(GPU|not installed)"):
+        attend(X, KV, KV, backend="triton")
 
 
 X, KV = torch.randn(2, 3, 4, 8), torch.randn(2, 5, 2, 8)

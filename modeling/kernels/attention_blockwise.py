@@ -15,174 +15,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import attention_buckets as sizes
 from .attention_biases import Bias
+from .attention_buckets import Bucket, Plan, make_plan
 from .attention_layouts import Layout
 from .attention_reference import keep_tile
 
-BLOCK_ELEMENTS = 1 << 20  #: scores of a block: they and their gradient fit a CPU's last cache
-BLOCK_KEYS = 1024  #: keys of a block; rows that see more of them need online softmax
-MIN_ROWS = 16  #: queries of a block, at least
-
 
 @dataclass(frozen=True)
-class _Slots:
-    """Where the rows of one side stand in a grid of buckets, each `[n, heads, length]`, and how to get there and back.
-
-    Attributes:
-        there: int64 `[slots]`, the row of the flat `[tokens * heads, D]` tensor that each slot copies.
-        back: int64 `[tokens * heads]`, the slot of each row; padding reads slot number `slots`, which holds zeros.
-    """
-
-    there: Tensor
-    back: Tensor
-
-    def spread(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Copy `[..., heads, D]` to `[slots, D]`."""
-        return x.reshape(-1, x.shape[-1]).index_select(0, self.there).to(dtype)
-
-    def gather(self, slots: Tensor, like: Tensor) -> Tensor:
-        """Copy `[slots + 1, D]` to the shape and dtype of `like` (but for its last dimension)."""
-        return slots.to(like.dtype).index_select(0, self.back).view(*like.shape[:-1], slots.shape[-1])
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    """Sequences of similar lengths: their numbers, padded sizes, slots, and what of them is padding.
-
-    Attributes:
-        members: numbers of the sequences.
-        length: L, queries of the longest; `size`: S, keys of the longest.
-        shift: position of the first query.
-        q_at: first slot of the queries, in rows of one head; `k_at`: of the keys.
-        key_padding: `[n, 1, 1, S]`, 0 at keys and -inf behind a sequence's last; None: all have S keys.
-        row_padding: bool `[n, 1, L, 1]`, True behind a sequence's last query; None: all have L queries.
-        ragged: whether a sequence has other queries than keys, so that masks may leave a row without a key.
-    """
-
-    members: list[int]
-    length: int
-    size: int
-    shift: int
-    q_at: int
-    k_at: int
-    key_padding: Tensor | None
-    row_padding: Tensor | None
-    ragged: bool
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """All buckets of a pair of layouts, and the slots of both sides."""
-
-    buckets: list[_Bucket]
-    q: _Slots
-    kv: _Slots
-    q_columns: Tensor | None  #: int64 `[B, L]`, padded coordinates of the real tokens; None: they stand at the left
-    k_columns: Tensor | None
-
-
-def _token_rows(layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """Where each sequence's tokens begin `[B]`, and the flat index they begin in (None: the tensor's own rows)."""
-    device = layout.lengths.device
-    if layout.cu_seqlens is not None:
-        return layout.cu_seqlens[:-1], None
-    if layout.mask is None or layout.known_sizes is not None:
-        return torch.arange(layout.batch, device=device) * layout.length, None
-    return layout.lengths.cumsum(0) - layout.lengths, layout.mask.flatten().nonzero()[:, 0]
-
-
-def _columns(layout: Layout) -> Tensor | None:
-    """Padded coordinates of the real tokens `[B, L]`, in order; None where they are 0, 1, 2 and so on."""
-    if layout.mask is None or layout.known_sizes is not None:
-        return None
-    order = torch.sort(~layout.mask, dim=-1, stable=True).indices
-    at_left = layout.mask[:, 1:] <= layout.mask[:, :-1]
-    return None if bool(at_left.all()) else order
-
-
-def _round_up(size: int) -> int:
-    """Round up to a multiple of about a third of the size (at least 8): sequences of one bucket are about as long."""
-    step = max(8, 1 << max((size - 1).bit_length() - 2, 0))
-    return -(-size // step) * step
-
-
-def _tokens(layout: Layout) -> int:
-    """Rows of a flat tensor of this layout."""
-    return sum(layout.sizes) if layout.is_packed else layout.batch * layout.length
-
-
-def make_plan(q_layout: Layout, kv_layout: Layout, heads: int, groups: int, aligned: bool) -> _Plan:
-    """Sort sequences into buckets by their lengths; `aligned`: and by the position of their first query."""
-    q_sizes, k_sizes = q_layout.sizes, kv_layout.sizes
-    buckets: dict[tuple[int, int, int], list[int]] = {}
-    for i, (q_size, k_size) in enumerate(zip(q_sizes, k_sizes, strict=True)):
-        if q_size > 0 and k_size > 0:
-            shift = k_size - q_size if aligned else 0
-            buckets.setdefault((shift, _round_up(max(q_size, k_size)), _round_up(q_size) if shift else 0), []).append(i)
-
-    device = q_layout.lengths.device
-    made: list[_Bucket] = []
-    sides = {"q": (q_layout, heads), "k": (kv_layout, groups)}
-    starts = {name: _token_rows(layout) for name, (layout, _) in sides.items()}
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {"q": [], "k": []}
-    at = {"q": 0, "k": 0}
-    for (shift, _, _), sequences in buckets.items():
-        length, size = max(q_sizes[i] for i in sequences), max(k_sizes[i] for i in sequences)
-        cells = heads * min(length, MIN_ROWS) * min(size, BLOCK_KEYS)
-        together = max(1, BLOCK_ELEMENTS // cells)
-        for first in range(0, len(sequences), together):
-            members = sequences[first : first + together]
-            length, size = max(q_sizes[i] for i in members), max(k_sizes[i] for i in members)
-            index = torch.tensor(members, device=device)
-            padding: dict[str, Tensor | None] = {}
-            for name, longest in (("q", length), ("k", size)):
-                (layout, copies), (begin_B, tokens) = sides[name], starts[name]
-                ranks = torch.arange(longest, device=device)
-                lengths_n1 = layout.lengths[index][:, None]
-                rows_nL = begin_B[index][:, None] + torch.minimum(ranks, lengths_n1 - 1)
-                rows_nL = rows_nL if tokens is None else tokens[rows_nL]
-                real_nL = ranks < lengths_n1
-                padding[name] = None if min(layout.sizes[i] for i in members) == longest else ~real_nL
-                hs = torch.arange(copies, device=device)[:, None]
-                there = rows_nL[:, None] * copies + hs
-                parts[name].append((there.flatten(), real_nL[:, None].expand_as(there).flatten()))
-            keys, rows = padding["k"], padding["q"]
-            made.append(
-                _Bucket(
-                    members,
-                    length,
-                    size,
-                    shift,
-                    at["q"] * heads,
-                    at["k"] * groups,
-                    None if keys is None else torch.zeros(keys.shape, device=device).masked_fill_(keys, -torch.inf)[:, None, None],
-                    None if rows is None else rows[:, None, :, None],
-                    any(q_sizes[i] != k_sizes[i] for i in members),
-                )
-            )
-            at["q"] += len(members) * length
-            at["k"] += len(members) * size
-
-    slots = {}
-    for name, (layout, copies) in sides.items():
-        there = torch.cat([rows for rows, _ in parts[name]]) if made else torch.empty(0, dtype=torch.int64, device=device)
-        back = torch.full((_tokens(layout) * copies,), len(there), device=device)
-        if made:
-            real = torch.cat([kept for _, kept in parts[name]])
-            back[there[real]] = real.nonzero()[:, 0]
-        slots[name] = _Slots(there, back)
-    return _Plan(made, slots["q"], slots["k"], _columns(q_layout), _columns(kv_layout))
-
-
-@dataclass(frozen=True)
-class _Call:
+class Call:
     """One call's settings, and the tensors that its blocks read.
 
     Attributes:
@@ -192,7 +40,7 @@ class _Call:
         bits: seed of torch's generator for dropout that need not be counter-based.
     """
 
-    plan: _Plan
+    plan: Plan
     heads: int
     groups: int
     left: int | None
@@ -208,10 +56,10 @@ class _Call:
     diagonals: Tensor | None = None
     dense: Tensor | None = None
 
-    def blocks(self, bucket: _Bucket) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    def blocks(self, bucket: Bucket) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
         """Give (first row, last row + 1, the blocks of keys these rows see), in a fixed order; no empty ones."""
-        width = min(bucket.size, BLOCK_KEYS)
-        rows = max(MIN_ROWS, BLOCK_ELEMENTS // (len(bucket.members) * self.heads * width))
+        width = min(bucket.size, sizes.BLOCK_KEYS)
+        rows = max(sizes.MIN_ROWS, sizes.BLOCK_ELEMENTS // (len(bucket.members) * self.heads * width))
         for first in range(0, bucket.length, rows):
             last = min(first + rows, bucket.length)
             low, high = 0, bucket.size
@@ -220,25 +68,29 @@ class _Call:
             if self.right is not None:
                 high = min(high, last + bucket.shift + self.right)
             if low < high:
-                starts = range(low, high, BLOCK_KEYS)
-                yield first, last, [(start, min(start + BLOCK_KEYS, high)) for start in starts]
+                starts = range(low, high, sizes.BLOCK_KEYS)
+                yield first, last, [(start, min(start + sizes.BLOCK_KEYS, high)) for start in starts]
 
-    def masked(self, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> bool:
+    def leaves_gaps(self, bucket: Bucket) -> bool:
+        """Whether `blocks` skips rows that see no key."""
+        return bucket.ragged and (self.left, self.right) != (None, None)
+
+    def masked(self, bucket: Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> bool:
         """Whether causality or window forbid some key of a block to some row."""
         late = self.left is not None and keys[0] < rows[1] - 1 + bucket.shift - self.left
         return late or (self.right is not None and keys[1] - 1 > rows[0] + bucket.shift + self.right)
 
-    def may_be_empty(self, bucket: _Bucket) -> bool:
+    def may_be_empty(self, bucket: Bucket) -> bool:
         """Whether a row (padding included) may see no key at all."""
         narrow = self.left is not None and bucket.row_padding is not None
         return self.dense is not None or narrow or (bucket.ragged and (self.left, self.right) != (None, None))
 
-    def diagonal_range(self, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> slice:
+    def diagonal_range(self, bucket: Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> slice:
         """Which diagonals a block reads."""
         first = keys[0] - (rows[1] - 1 + bucket.shift) + self.reach
         return slice(first, first + (rows[1] - rows[0]) + (keys[1] - keys[0]) - 1)
 
-    def add_biases(self, scores: Tensor, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> None:
+    def add_biases(self, scores: Tensor, bucket: Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> None:
         """Add bias and mask to scores `[n, H, rows, keys]`."""
         if self.diagonals is not None and (self.biased or self.masked(bucket, rows, keys)):
             line = self.diagonals[:, self.diagonal_range(bucket, rows, keys)]
@@ -248,7 +100,7 @@ class _Call:
         if bucket.key_padding is not None:
             scores.add_(bucket.key_padding[..., keys[0] : keys[1]])
 
-    def _dense_block(self, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+    def _dense_block(self, bucket: Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
         dense = self.dense
         if dense.shape[0] > 1:
             dense = dense[bucket.members]
@@ -266,7 +118,7 @@ class _Call:
         return dense
 
     def add_dense_gradient(
-        self, total: Tensor, gradient: Tensor, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]
+        self, total: Tensor, gradient: Tensor, bucket: Bucket, rows: tuple[int, int], keys: tuple[int, int]
     ) -> None:
         """Add the gradient of a block's scores `[n, H, rows, keys]` to the dense bias's."""
         for dim in (1, 2, 3):
@@ -300,7 +152,7 @@ def _other(dense: Tensor, dim: int, count: int) -> tuple[int, int]:
 class _Dropout:
     """Which weights of each block survive, as 0 and 1 in the scores' dtype."""
 
-    def __init__(self, call: _Call):
+    def __init__(self, call: Call):
         self.call = call
         self.probability = call.dropout_p
         if call.bits is not None:
@@ -308,11 +160,13 @@ class _Dropout:
             self.probability = (self.threshold + (1 << 15)) / (1 << 16)
             self.generator = torch.Generator().manual_seed(call.bits)
 
-    def keep(self, like: Tensor, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+    def keep(self, like: Tensor, bucket: Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
         """Give the mask of a block of scores `[n, H, rows, keys]`."""
         if self.call.bits is not None:
             # Sixteen random bits decide on a weight: a tenth of the cost of bernoulli_.
-            bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=self.generator)
+            bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(
+                -(1 << 63), None, generator=self.generator
+            )
             kept = torch.empty(like.shape, dtype=like.dtype)
             torch.ge(bits.view(torch.int16)[: like.numel()].view(like.shape), self.threshold, out=kept)
             return kept.to(like.device)
@@ -337,7 +191,7 @@ def _bfloat16_products(wanted: bool) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def _exact(q: Tensor) -> Any:
+def exact_products(q: Tensor) -> Any:
     """Products as exact as the inputs' dtype deserves."""
     return _bfloat16_products(q.device.type == "cpu" and q.dtype == torch.bfloat16)
 
@@ -363,7 +217,7 @@ def _rows_of(x: Tensor, at: int, count: int, repeats: int, length: int, rows: tu
 
 
 def _make_scores(
-    call: _Call, out: Tensor, q: Tensor, k: Tensor, bucket: _Bucket, rows: tuple[int, int], keys: tuple[int, int]
+    call: Call, out: Tensor, q: Tensor, k: Tensor, bucket: Bucket, rows: tuple[int, int], keys: tuple[int, int]
 ) -> Tensor | None:
     """Fill `out` `[n * G, R * rows, keys]` with scores, biased and masked; give tanh if there is a softcap."""
     torch.baddbmm(out, q, k.transpose(1, 2), beta=0, alpha=call.scale / (call.softcap or 1.0), out=out)
@@ -375,7 +229,7 @@ def _make_scores(
     return bent
 
 
-def _softmax(call: _Call, scores: Tensor, bucket: _Bucket) -> Tensor:
+def _softmax(call: Call, scores: Tensor, bucket: Bucket) -> Tensor:
     """Turn scores into weights in place; rows without a key get zeros."""
     if not call.may_be_empty(bucket):
         return torch.softmax(scores, -1, out=scores)
@@ -383,11 +237,11 @@ def _softmax(call: _Call, scores: Tensor, bucket: _Bucket) -> Tensor:
     return torch.softmax(scores.masked_fill_(empty, 0), -1, out=scores).masked_fill_(empty, 0)
 
 
-def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     """Give `out` of q's shape, and the log of the softmax's denominator by slots where somebody needs it."""
     plan, dtype = call.plan, torch.promote_types(q.dtype, torch.float32)
     q_slots, k_slots, v_slots = plan.q.spread(q, dtype), plan.kv.spread(k, dtype), plan.kv.spread(v, dtype)
-    out_slots = q_slots.new_zeros(len(q_slots) + 1, v.shape[-1])
+    out_slots = _empty_slots(q_slots, v.shape[-1])
     several = any(len(keys) > 1 for bucket in plan.buckets for *_, keys in call.blocks(bucket))
     lse_slots = q_slots.new_full((len(q_slots) + 1, 1), -torch.inf) if several or call.return_lse else None
     dropout, work, repeats = call.dropout(), _Work(q_slots), call.heads // call.groups
@@ -395,10 +249,13 @@ def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
         count = len(bucket.members) * call.groups
         k_all = k_slots[bucket.k_at :][: count * bucket.size].view(count, bucket.size, -1)
         v_all = v_slots[bucket.k_at :][: count * bucket.size].view(count, bucket.size, -1)
+        if call.leaves_gaps(bucket):
+            out_slots[bucket.q_at :][: count * repeats * bucket.length] = 0
         for first, last, blocks in call.blocks(bucket):
             rows = (first, last)
             q_block = _rows_of(q_slots, bucket.q_at, count, repeats, bucket.length, rows)
             total: Tensor | None = None
+            highest = denominator = q_block  # of the blocks so far
             for keys in blocks:
                 scores = work("scores", count, q_block.shape[1], keys[1] - keys[0])
                 _make_scores(call, scores, q_block, k_all[:, slice(*keys)], bucket, rows, keys)
@@ -436,8 +293,8 @@ def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     return plan.q.gather(out_slots, q), lse_slots
 
 
-def _backward(
-    call: _Call,
+def backward(
+    call: Call,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -452,9 +309,8 @@ def _backward(
     plan, dtype = call.plan, torch.promote_types(q.dtype, torch.float32)
     q_slots, k_slots, v_slots = plan.q.spread(q, dtype), plan.kv.spread(k, dtype), plan.kv.spread(v, dtype)
     do_slots = plan.q.spread(d_out, dtype)
-    dq_slots = q_slots.new_zeros(len(q_slots) + 1, q.shape[-1])
-    dk_slots = k_slots.new_zeros(len(k_slots) + 1, k.shape[-1])
-    dv_slots = k_slots.new_zeros(len(k_slots) + 1, v.shape[-1])
+    dq_slots = _empty_slots(q_slots, q.shape[-1])
+    dk_slots, dv_slots = _empty_slots(k_slots, k.shape[-1]), _empty_slots(k_slots, v.shape[-1])
     d_diagonals = torch.zeros_like(call.diagonals) if wants_diagonals and call.diagonals is not None else None
     d_dense = torch.zeros_like(call.dense, dtype=dtype) if wants_dense and call.dense is not None else None
     out_slots = plan.q.spread(out, dtype) if lse_slots is not None else None
@@ -466,11 +322,20 @@ def _backward(
     for bucket in plan.buckets:
         count = len(bucket.members) * call.groups
         span = slice(bucket.k_at, bucket.k_at + count * bucket.size)
-        k_all, v_all, dk_all, dv_all = (x[span].view(count, bucket.size, -1) for x in (k_slots, v_slots, dk_slots, dv_slots))
+        k_all, v_all, dk_all, dv_all = (
+            x[span].view(count, bucket.size, -1) for x in (k_slots, v_slots, dk_slots, dv_slots)
+        )
         if bucket.row_padding is not None:
             whole = do_slots[bucket.q_at :][: count * repeats * bucket.length]
             whole.view(len(bucket.members), call.heads, bucket.length, -1).masked_fill_(bucket.row_padding, 0)
-        for first, last, blocks in call.blocks(bucket):
+        blocks_of_rows = list(call.blocks(bucket))
+        once = len(blocks_of_rows) == 1 and blocks_of_rows[0][2] == [(0, bucket.size)]
+        if not once:
+            dk_all.zero_()
+            dv_all.zero_()
+        if call.leaves_gaps(bucket):
+            dq_slots[bucket.q_at :][: count * repeats * bucket.length] = 0
+        for first, last, blocks in blocks_of_rows:
             rows = (first, last)
             pieces = {"q": q_slots, "do": do_slots, "o": out_slots, "l": lse_slots, "dl": dl_slots}
             piece = {
@@ -495,7 +360,7 @@ def _backward(
                     mask = dropout.keep(weights.view(shape), bucket, rows, keys)
                     d_weights.view(shape).mul_(mask)
                     kept = weights.view(shape).mul(mask).view_as(weights)
-                dv_all[:, slice(*keys)].baddbmm_(kept.transpose(1, 2), piece["do"])
+                _add_product(dv_all[:, slice(*keys)], kept.transpose(1, 2), piece["do"], 1.0, once)
                 if len(blocks) == 1:
                     d_scores = d_weights
                     torch.ops.aten._softmax_backward_data.out(
@@ -515,7 +380,7 @@ def _backward(
                     call.add_dense_gradient(d_dense, view, bucket, rows, keys)
                 if bent is not None:
                     d_scores.addcmul_(d_scores, bent.square_(), value=-1)
-                dk_all[:, slice(*keys)].baddbmm_(d_scores.transpose(1, 2), piece["q"], alpha=call.scale)
+                _add_product(dk_all[:, slice(*keys)], d_scores.transpose(1, 2), piece["q"], call.scale, once)
                 if dq is None:
                     dq = torch.baddbmm(q_slots.new_empty(()), d_scores, k_block, beta=0, alpha=call.scale)
                 else:
@@ -534,6 +399,18 @@ def _sum_diagonals(x: Tensor, heads: int) -> Tensor:
     return skewed.view(count, rows, rows + keys - 1).sum(1)
 
 
+def _empty_slots(like: Tensor, width: int) -> Tensor:
+    """Slots `[slots + 1, width]` to be written; the last one, which padding reads, holds zeros."""
+    slots = like.new_empty(len(like) + 1, width)
+    slots[-1] = 0
+    return slots
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float, fresh: bool) -> None:
+    """Add `alpha * a @ b`, or write it where nothing stands yet."""
+    torch.baddbmm(total, a, b, beta=0 if fresh else 1, alpha=alpha, out=total)
+
+
 class _NotTwice(torch.autograd.Function):
     """Pass gradients on, and refuse to be differentiated."""
 
@@ -543,33 +420,65 @@ class _NotTwice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise RuntimeError("attention's backward pass cannot be differentiated again; use attention(backend='reference')")
+        raise RuntimeError(
+            "attention's backward pass cannot be differentiated again; use attention(backend='reference')"
+        )
 
 
-class _Attention(torch.autograd.Function):
-    """`_forward` and `_backward` for autograd."""
+def _refuse_second(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    if not torch.is_grad_enabled():
+        return gradients
+    return tuple(g if g is None else _NotTwice.apply(g.requires_grad_()) for g in gradients)
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """`forward` and `backward` for autograd."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, diagonals: Tensor | None, dense: Tensor | None, call: _Call
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, diagonals: Tensor | None, dense: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor | None]:
         call = replace(call, diagonals=diagonals, dense=dense)
-        with torch.autocast(q.device.type, enabled=False), _exact(q):
-            out, lse_slots = _forward(call, q, k, v)
+        with torch.autocast(q.device.type, enabled=False), exact_products(q):
+            out, lse_slots = forward(call, q, k, v)
         ctx.save_for_backward(q, k, v, diagonals, dense, out if lse_slots is not None else None, lse_slots)
         ctx.call = call = replace(call, diagonals=None, dense=None)
-        lse = lse_slots.index_select(0, call.plan.q.back).view(q.shape[:-1]) if call.return_lse else None
-        return out, lse
+        return out, call.plan.q.gather(lse_slots, like=q, keep_dtype=True)[..., 0] if call.return_lse else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, diagonals, dense, out, lse_slots = ctx.saved_tensors
         call = replace(ctx.call, diagonals=diagonals, dense=dense)
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False), _exact(q):
-            gradients = _backward(call, q, k, v, out, lse_slots, grads[0], grads[1], *ctx.needs_input_grad[3:5])
-        if torch.is_grad_enabled():
-            gradients = tuple(g if g is None else _NotTwice.apply(g.requires_grad_()) for g in gradients)
-        return (*gradients, None)
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False), exact_products(q):
+            gradients = backward(call, q, k, v, out, lse_slots, grads[0], grads[1], *ctx.needs_input_grad[3:5])
+        return (*_refuse_second(gradients), None)
+
+
+def make_call(
+    q: Tensor,
+    k: Tensor,
+    q_layout: Layout,
+    kv_layout: Layout,
+    causal: bool,
+    window: tuple[int | None, int | None],
+    softcap: float | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    bits: int | None,
+    return_lse: bool,
+    reach: int,
+    biased: bool,
+) -> Call:
+    """Settle what one call needs; the layouts' plan is made once."""
+    heads, groups = q.shape[-2], k.shape[-2]
+    key = ("blockwise", id(kv_layout), heads, groups, causal)
+    plan, _ = q_layout.once(key, lambda: (make_plan(q_layout, kv_layout, heads, groups, causal), kv_layout))
+    left, right = window
+    right = 0 if causal else right
+    return Call(
+        plan, heads, groups, left, right, softcap, scale, dropout_p, seed, bits, return_lse, reach, biased
+    )  # fmt: skip
 
 
 def blockwise_attention(
@@ -589,34 +498,49 @@ def blockwise_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention block by block; see `attention` for the arguments."""
-    left, right = window or (None, None)
-    right = 0 if causal else right
-    heads, groups = q.shape[-2], k.shape[-2]
-    key = ("blockwise", id(kv_layout), heads, groups, causal)
-    plan, _ = q_layout.once(key, lambda: (make_plan(q_layout, kv_layout, heads, groups, causal), kv_layout))
-    reach = q_layout.length + kv_layout.length
-    diagonals = dense = None
-    wide = torch.promote_types(q.dtype, torch.float32)
-    if bias is not None and bias.kind == "dense":
-        dense = bias.dense(q_layout.lengths, q_layout.lengths)
-    elif bias is not None:
-        diagonals = bias.by_distance(torch.arange(-reach, reach + 1, device=q.device)).to(wide)
-    if left is not None or right is not None:
-        ahead = torch.arange(-reach, reach + 1, device=q.device)
-        hidden = torch.zeros_like(ahead, dtype=torch.bool)
-        if left is not None:
-            hidden |= ahead < -left
-        if right is not None:
-            hidden |= ahead > right
-        base = torch.zeros(1, len(ahead), dtype=wide, device=q.device) if diagonals is None else diagonals
-        diagonals = base.masked_fill(hidden, -torch.inf)
+    reach, device = q_layout.length + kv_layout.length, q.device
+    dense = bias.dense(q_layout.lengths, q_layout.lengths) if bias is not None and bias.kind == "dense" else None
+    biased = bias is not None and dense is None
+    ahead = torch.arange(-reach, reach + 1, device=device)
+    diagonals = _diagonals(bias if biased else None, ahead, causal, window, torch.promote_types(q.dtype, torch.float32))
     bits = None
     if dropout_p > 0 and seed is None:
-        bits = int(torch.randint(1 << 62, ()))
-    seed_tensor = None if seed is None else torch.as_tensor(seed, dtype=torch.int64, device=q.device)
-    call = _Call(
-        plan, heads, groups, left, right, softcap, scale, dropout_p, seed_tensor, bits, return_lse, reach,
-        biased=bias is not None and bias.kind != "dense",
-    )  # fmt: skip
-    out, lse = _Attention.apply(q, k, v, diagonals, dense, call)
+        seed = torch.randint(1 << 62, (), device=device)
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            bits, seed = int(seed), None
+    seed = None if seed is None else torch.as_tensor(seed, dtype=torch.int64, device=device)
+    settings = (softcap, scale, dropout_p, seed)
+    if torch.compiler.is_compiling():
+        left, right = (-1 if side is None else side for side in window or (None, None))
+        places = (q_layout.mask, q_layout.cu_seqlens, kv_layout.mask, kv_layout.cu_seqlens)
+        from .attention_blockwise_ops import attention_blockwise_op
+
+        out, lse = attention_blockwise_op(q, k, v, diagonals, dense, *places, causal, left, right, *settings, biased)
+        return out, lse.transpose(-1, -2) if return_lse else None
+    call = make_call(
+        q, k, q_layout, kv_layout, causal, window or (None, None), *settings, bits, return_lse, reach, biased
+    )
+    out, lse = _BlockwiseAttention.apply(q, k, v, diagonals, dense, call)
     return out, None if lse is None else lse.transpose(-1, -2)
+
+
+def _diagonals(
+    bias: Bias | None,
+    ahead: Tensor,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """What is added to a score by `key - position`, `[H | 1, len(ahead)]`; None: nothing."""
+    left, right = window or (None, None)
+    right = 0 if causal else right
+    line = None if bias is None else bias.by_distance(ahead).to(dtype)
+    if left is None and right is None:
+        return line
+    line = torch.zeros(1, len(ahead), dtype=dtype, device=ahead.device) if line is None else line
+    hidden = torch.zeros_like(ahead, dtype=torch.bool)
+    if left is not None:
+        hidden = hidden | (ahead < -left)
+    if right is not None:
+        hidden = hidden | (ahead > right)
+    return line.masked_fill(hidden, -torch.inf)

@@ -5,10 +5,13 @@ Shapes: B batch, L queries, S keys, N packed tokens, H heads, G key/value heads,
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,29 +37,62 @@ FEATURES: dict[str, str] = {
     "dropout": "dropout_p",
     "seed": "dropout with a seed (counter-based)",
     "lse": "return_lse=True",
+    "float64": "float64 tensors",
+    "wide": "head dims above 256",
 }
+
+
+def _anywhere(device: torch.device) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute attention: the function and the features (keys of `FEATURES`) it serves."""
+    """A way to compute attention.
+
+    Attributes:
+        run: the function.
+        serves: the features (keys of `FEATURES`) it serves.
+        draws: whether it draws its own dropout where no seed is given.
+        why_not: says why it cannot run on a device here, or None.
+    """
 
     run: Callable[..., tuple[Tensor, Tensor | None]]
     serves: frozenset[str]
+    draws: bool = False
+    why_not: Callable[[torch.device], str | None] = _anywhere
 
 
-#: The capability table, fastest first: `backend="auto"` takes the first backend that serves the case.
+def _triton(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    from .attention_triton import triton_attention  # Triton is loaded by whoever uses it
+
+    return triton_attention(*tensors, **options)
+
+
+def _no_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (the extra urform[triton], 3.6 or newer)"
+    if device.type not in ("cuda", "xpu") and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a GPU and the tensors are on {device.type}"
+    return None
+
+
+#: The capability table.
 BACKENDS: dict[str, Backend] = {
-    "blockwise": Backend(blockwise_attention, frozenset(FEATURES)),
-    "sdpa": Backend(sdpa_attention, frozenset(FEATURES) - {"softcap", "seed", "lse"}),
+    "triton": Backend(_triton, frozenset(FEATURES) - {"float64", "wide"}, why_not=_no_triton),
+    "blockwise": Backend(blockwise_attention, frozenset(FEATURES), draws=True),
+    "sdpa": Backend(sdpa_attention, frozenset(FEATURES) - {"softcap", "seed", "lse"}, draws=True),
     "reference": Backend(reference_attention, frozenset(FEATURES)),
 }
+
+#: On CPUs PyTorch's kernels win from about this many keys on; below, theirs are slow in backward passes.
+LONG = 512
 
 _warned: set[str] = set()
 
 
 def attention_backends() -> dict[str, dict[str, bool]]:
-    """Give the capability table: backend -> feature -> whether it is served, the preferred backend first."""
+    """Give the capability table: backend -> feature -> whether it is served."""
     return {name: {feature: feature in backend.serves for feature in FEATURES} for name, backend in BACKENDS.items()}
 
 
@@ -134,10 +170,16 @@ def attention(
         "dropout": dropout_p > 0,
         "seed": dropout_p > 0 and seed is not None,
         "lse": return_lse,
+        "float64": q.dtype == torch.float64,
+        "wide": max(q.shape[-1], v.shape[-1]) > 256,
     }
     needed = {feature for feature, needed in needs.items() if needed} | ({bias.kind} if bias is not None else set())
-    chosen = BACKENDS[_choose(backend, needed)]
-    if dropout_p > 0 and seed is None and "seed" in chosen.serves:
+    if backend == "auto":
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        chosen = BACKENDS[_choose(_preference(q, q_layout, kv_layout, needed, trains), needed, q.device)]
+    else:
+        chosen = BACKENDS[_require(backend, needed, q.device)]
+    if dropout_p > 0 and seed is None and not chosen.draws:
         seed = torch.randint(1 << 62, (), device=q.device)
     out, lse = chosen.run(
         q, k, v, q_layout, kv_layout, causal=causal, window=window, bias=bias, softcap=softcap,
@@ -146,23 +188,49 @@ def attention(
     return out if lse is None else (out, lse)
 
 
-def _choose(backend: str, needed: set[str]) -> str:
-    """Give the backend's name; refuse, or warn once on leaving the fast path, with the reason."""
-    if backend != "auto":
-        missing = _names(needed - BACKENDS[backend].serves)
-        if missing:
-            able = [name for name, other in BACKENDS.items() if needed <= other.serves]
-            raise ValueError(f"backend={backend!r} does not serve {missing}; use 'auto' or one of {able}")
-        return backend
-    chosen = next(name for name, candidate in BACKENDS.items() if needed <= candidate.serves)
-    fastest = next(iter(BACKENDS))
-    if chosen != fastest and not torch.compiler.is_compiling():
-        missing = _names(needed - BACKENDS[fastest].serves)
-        reason = f"attention() runs on {chosen!r}: {fastest!r} does not serve {missing}"
-        if reason not in _warned:
-            _warned.add(reason)
-            warnings.warn(reason, UserWarning, stacklevel=3)
-    return chosen
+def _preference(q: Tensor, q_layout: Layout, kv_layout: Layout, needed: set[str], trains: bool) -> list[str]:
+    """Order the backends by speed for this case."""
+    if q.device.type != "cpu":
+        return ["triton", "sdpa", "blockwise", "reference"]
+    if torch.compiler.is_compiling() and not needed & {"packed", "mixed"}:
+        return ["sdpa", "reference", "blockwise"]  # operations that every compiler and exporter knows
+    total = sum(kv_layout.known_sizes) if kv_layout.known_sizes else kv_layout.length * kv_layout.batch
+    long = total >= LONG * kv_layout.batch
+    if needed & {"dropout", "window"} or (trains and needed & {"alibi", "t5", "relative", "dense"}):
+        long = False
+    if "packed" in needed and "causal" in needed and q_layout.known_sizes != kv_layout.known_sizes:
+        long = False  # sdpa would need a mask of L x S
+    plain = not trains and not needed & {"packed", "mixed"}  # one call, where the others have Python to run
+    return ["sdpa", "blockwise", "reference"] if long or plain else ["blockwise", "sdpa", "reference"]
+
+
+def _require(backend: str, needed: set[str], device: torch.device) -> str:
+    """Give the name of a backend that was asked for, or say why it cannot serve."""
+    missing = _names(needed - BACKENDS[backend].serves)
+    if missing:
+        able = [name for name, other in BACKENDS.items() if needed <= other.serves and other.why_not(device) is None]
+        raise ValueError(f"backend={backend!r} does not serve {missing}; use 'auto' or one of {able}")
+    reason = BACKENDS[backend].why_not(device)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} cannot run here: {reason}; use 'auto'")
+    return backend
+
+
+def _choose(names: list[str], needed: set[str], device: torch.device) -> str:
+    """Give the first backend that serves; warn once, with the reason, where the fast path is left."""
+    reasons = []
+    for name in names:
+        missing, reason = _names(needed - BACKENDS[name].serves), BACKENDS[name].why_not(device)
+        if not missing and reason is None:
+            break
+        if name in ("triton", "blockwise"):  # what serves everything, and should
+            reasons.append(f"{name!r} is left: {reason or f'it does not serve {missing}'}")
+    if reasons and not torch.compiler.is_compiling():
+        message = f"attention() runs on {name!r}; {'; '.join(reasons)}"
+        if message not in _warned:
+            _warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=3)
+    return name
 
 
 def _names(features: set[str]) -> str:

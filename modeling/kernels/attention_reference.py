@@ -91,9 +91,10 @@ def dropout_keep(seed: int | Tensor, q_grid: Layout, kv_grid: Layout, heads: int
 def keep_tile(
     seed: int | Tensor, sequences_n: Tensor, heads: int, rows_nL: Tensor, columns_nS: Tensor, dropout_p: float
 ) -> Tensor:
-    """Decide as `dropout_keep` for some sequences, rows and columns: `[n]`, `[n | 1, L]`, `[n | 1, S]` to `[n, H, L, S]`.
+    """Decide as `dropout_keep` for some sequences, rows and columns: `[n]`, `[n | 1, L]`, `[n | 1, S]`.
 
-    `seed` is an int or a 0-dim int64 tensor.
+    Returns:
+        bool `[n, H, L, S]`.
     """
     device = sequences_n.device
     if isinstance(seed, Tensor):

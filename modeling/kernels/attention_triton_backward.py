@@ -254,13 +254,14 @@ def _dkdv_tiles(
             stride_bias_column, BLOCK_M, BLOCK_N, MASKED, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT, EXACT,
         )  # fmt: skip
         p = probabilities(scores, top[None, :], factor[None, :], EXACT)
-        dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
         kept = p
         if Seed is not None:
             survives = dropout_survives(dropout_row_keys(Seed, sequence, head, rows), columns, threshold)
             kept = tl.where(survives, p * keep_scale, 0.0)
-            dp = tl.where(survives, dp * keep_scale, 0.0)
         dv = tl.dot(kept.to(grad.dtype), grad, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        if Seed is not None:
+            dp = tl.where(survives, dp * keep_scale, 0.0)
         ds = p * (dp - delta[None, :])
         if SOFTCAP:
             ds = ds * slope

@@ -1,0 +1,149 @@
+# Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
+"""Padding and packing: which tokens are real, where documents begin, and a batch without its padding.
+
+On the fast path a stack takes its real tokens once, end to end, computes on them alone, and puts them back in the end.
+
+Shapes: B batch, L length, N real tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_tracing
+
+from .kernels.attention_layouts import Layout
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The real tokens of a `[B, L, ...]` batch as one row `[1, N, ...]`.
+
+    Attributes:
+        layout: the packed layout; a row is a sequence, or its documents are.
+        index: int64 `[N]`, where the real tokens stand in `[B * L]`; None: all are real.
+        shape: (B, L).
+        documents: `[B]`, sequences in each row; None: one in each.
+    """
+
+    layout: Layout
+    index: Tensor | None
+    shape: tuple[int, int]
+    documents: Tensor | None = None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Take the real tokens: `[B, L, ...]` to `[1, N, ...]`."""
+        flat = x.flatten(0, 1)
+        return (flat if self.index is None else flat.index_select(0, self.index))[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Put them back: `[1, N, ...]` to `[B, L, ...]`, zeros at padding."""
+        flat = x[0]
+        if self.index is not None:
+            places = flat.new_zeros(self.shape[0] * self.shape[1], *flat.shape[1:])
+            flat = places.index_copy(0, self.index, flat)
+        return flat.unflatten(0, self.shape)
+
+
+def takes_layouts(config: PreTrainedConfig) -> bool:
+    """Whether the configured attention takes `Layout` and bias objects instead of masks."""
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
+    return getattr(attend, "takes_layouts", False)
+
+
+def find_packing(
+    shape: tuple[int, int],
+    mask: Tensor | None,
+    documents: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    device: torch.device,
+) -> Packing:
+    """Find the real tokens of a `[B, L]` batch and their sequences; waits for the device.
+
+    Args:
+        shape: (B, L).
+        mask: `[B, L]`, nonzero at real tokens; None: all.
+        documents: `[B | 1, L]`, the documents of packed rows numbered from 0 (`find_documents`); None: one in each row.
+        cu_seq_lens: their starts in a single row, instead of `documents`.
+        device: where the batch is.
+    """
+    batch, length = shape
+    index = None
+    if mask is not None:
+        mask = mask.to(device).bool()
+        if not bool(mask.all()):
+            index = mask.flatten().nonzero()[:, 0]
+    if cu_seq_lens is not None:
+        return Packing(Layout.packed(cu_seq_lens.to(device)), None, shape, torch.tensor([len(cu_seq_lens) - 1]))
+    if documents is None:
+        lengths = torch.full((batch,), length, device=device) if mask is None else mask.sum(-1)
+        return Packing(Layout.packed(nn.functional.pad(lengths.cumsum(0), (1, 0))), index, shape)
+    documents = documents.expand(shape)
+    in_row = documents[:, -1] + 1
+    numbers = (documents + (in_row.cumsum(0) - in_row)[:, None]).flatten()
+    numbers = numbers if index is None else numbers[index]
+    lengths = torch.bincount(numbers, minlength=int(in_row.sum()))
+    return Packing(Layout.packed(nn.functional.pad(lengths.cumsum(0), (1, 0))), index, shape, in_row)
+
+
+def check_pairs(target: Packing, source: Packing) -> None:
+    """Raise ValueError unless each target document has a source document."""
+    ones = torch.ones(1, dtype=torch.long)
+    rows = [
+        (ones if side.documents is None else side.documents.cpu()).expand(side.shape[0]) for side in (target, source)
+    ]
+    refuse_unpaired(*rows)
+
+
+def refuse_unpaired(targets: Tensor, sources: Tensor) -> None:
+    """Raise ValueError unless rows hold as many target documents `[B]` as source documents `[B]`."""
+    if not torch.equal(targets, sources):
+        raise ValueError(
+            f"packed rows hold {targets.tolist()} targets but {sources.tolist()} sources; "
+            "position_ids and decoder_position_ids (or cu_seq_lens_k and cu_seq_lens_q) must agree"
+        )
+
+
+def find_documents(
+    length: int, position_ids: Tensor | None, mask: Tensor | None, cu_seq_lens: Tensor | None
+) -> Tensor | None:
+    """Number the documents of packed rows, `[B, L]`; None where every row is one document.
+
+    They are told by `cu_seq_lens` (one row), or else begin wherever `position_ids` of real tokens do not go up by one.
+    """
+    if cu_seq_lens is not None:
+        places = torch.arange(length, device=cu_seq_lens.device)
+        return torch.searchsorted(cu_seq_lens[1:].to(places), places, right=True)[None]
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != length:
+        return None
+    begins = position_ids.diff(dim=-1) != 1
+    if mask is not None and mask.shape[1] == length:
+        begins = begins & mask[:, 1:].bool() & mask[:, :-1].bool()
+    if not is_tracing(begins) and not begins.any():
+        return None
+    return nn.functional.pad(begins.long().cumsum(-1), (1, 0))
+
+
+def find_positions(
+    embeds: Tensor, mask: Tensor | None, cu_seq_lens: Tensor | None, documents: Tensor | None, past: int | Tensor
+) -> Tensor:
+    """Positions `[B or 1, L]` that count real tokens from each document's first, after `past` cached ones."""
+    length = embeds.shape[1]
+    places = torch.arange(length, device=embeds.device)
+    if cu_seq_lens is not None and documents is not None:
+        return places[None] - cu_seq_lens.to(places)[documents]
+    if mask is not None and mask.shape[1] >= length:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return (places + past)[None]
+
+
+def same_document(query_documents: Tensor, key_documents: Tensor) -> Callable:
+    """Mask function: a query sees the keys of its own document."""
+
+    def inner(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return query_documents[batch_idx, q_idx] == key_documents[batch_idx, kv_idx]
+
+    return inner
