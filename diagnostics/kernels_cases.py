@@ -93,6 +93,9 @@ CASES: tuple[KernelCase, ...] = (
     KernelCase("dropout by seed, packed", layout="packed", dropout_p=0.2),
     KernelCase("dropout by seed, padded", layout="left", causal=True, dropout_p=0.2),
     KernelCase("lse, padded", _SHORT, _LONG, "right", return_lse=True),
+    KernelCase("many blocks, causal", (130, 1, 530), (130, 1, 530), "packed", causal=True),
+    KernelCase("many blocks, L != S, window", (70, 150), (530, 150), "left", causal=True, window=(200, None)),
+    KernelCase("many blocks, T5 bias, dropout", (300, 65), (129, 400), "packed", bias="t5", dropout_p=0.1),
     KernelCase("everything", layout="packed", heads=(4, 2), causal=True, window=(20, None), bias="alibi",
                softcap=3.0, dropout_p=0.1, return_lse=True),
 )  # fmt: skip

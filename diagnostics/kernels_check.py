@@ -10,6 +10,7 @@ for the output, lse, and the gradients of q, k, v and of the bias (of hidden, we
 16 eps, in every dtype, are for PyTorch's own CPU kernel, whose exponential is off by up to 20 units in the last place.
 Where a tensor has few numbers (ALiBi's slopes, a loss), plain PyTorch may be right by luck: there the yardstick is the
 largest over several draws of the inputs.
+Gradients of "sdpa" in half precision may be off by twice as much (`_SLACK`).
 A backend that gives other than 0 at padding or in rows without keys, or NaN or infinity anywhere, fails in any case.
 
 Shapes: B batch, L queries, S keys, N packed tokens, H heads, G key/value heads, D head dim, E hidden, V vocabulary.
@@ -24,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import product
+from statistics import median
 from typing import Any
 
 import torch
@@ -48,6 +50,8 @@ LOSS_CASES: dict[str, dict[str, Any]] = {
 }  #: options of `linear_cross_entropy`
 
 _DRAWS = 4
+#: PyTorch's own CPU kernel sums dk and dv in half precision: 2.9 times plain PyTorch's error at 530 tokens (measured).
+_SLACK = {"sdpa": 2.0}
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,10 @@ class KernelReport:
             lines += ["", f"Largest error / tolerance, {', '.join(dtypes)} (above 1 is FAIL, - is not served):"]
             lines += self._table(shown, dtypes)
         lines += ["", *self._table([LOSS], dtypes)] if LOSS in backends else []
-        refusals = dict.fromkeys((r.backend, r.reason) for r in self.results if r.status == NOT_SERVED)
-        lines += [f"- {name}: {reason}" for name, reason in refusals]
+        refused = [r for r in self.results if r.status == NOT_SERVED]
+        for name in dict.fromkeys(r.backend for r in refused):
+            reasons = dict.fromkeys(part for r in refused if r.backend == name for part in r.reason.split(", "))
+            lines += ["", f"{name} does not serve: {', '.join(reasons)}"]
         if self.timings:
             lines += ["", f"Forward and backward of {self.timings[0].problem}, ms:"]
             lines += [f"  {t.backend:12} {t.dtype:9} {t.milliseconds:9.1f}" for t in self.timings]
@@ -200,7 +206,7 @@ def check_kernels(
             for dtype in dtypes:
                 found = [_check(backend, served, case, dtype, device) for case in cases]
                 results += found
-                slow = any((result.milliseconds or 0) > 1000 for result in found)  # Triton's interpreter
+                slow = median(result.milliseconds or 0 for result in found) > 500  # Triton's interpreter
                 timed = _time(backend, dtype, device) if timing and not slow else None
                 timings += [] if timed is None else [timed]
         if LOSS in backends:
@@ -305,6 +311,9 @@ def _judge(
     draws = _DRAWS if min(x.numel() for x in want.values()) < 32 else 1
     yardsticks = [_errors(plain(draw), truth(draw)) for draw in range(draws)]
     yardstick = {name: max(errors[name] for errors in yardsticks) for name in want}
+    if dtype.itemsize < 4:
+        slack = _SLACK.get(backend, 1.0)
+        yardstick = {name: error * (slack if name.startswith("d") else 1) for name, error in yardstick.items()}
     measured = [(name, *_compare(got.get(name), want[name], yardstick[name], name)) for name in want]
     worst, error, tolerance, flaw = max(measured, key=lambda row: row[1] / row[2])
     ratio = error / tolerance

@@ -330,8 +330,9 @@ def test_models_that_read_no_tokens_are_refused() -> None:
 # ---- kernels ----
 
 
-def test_every_backend_passes_here() -> None:
-    """All of it, as the command runs it."""
+def test_every_backend_passes_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, as the command runs it (Triton's interpreter, which takes minutes, has its own tests)."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     report = check_kernels("cpu", timing=False)
     assert report.ok, report.to_text()
     backends = attention_backends()
@@ -523,9 +524,11 @@ def test_isolation_command_of_a_saved_urform_model(tmp_path: Path) -> None:
 
 def test_kernels_command(monkeypatch: pytest.MonkeyPatch) -> None:
     run = CliRunner().invoke
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     clean = run(app, ["doctor", "kernels", "--device", "cpu", "--backend", LOSS])
     assert clean.exit_code == 0 and "loss, ignored labels" in clean.stdout and torch.__version__ in clean.stdout
     use(monkeypatch, broken(window=None))
+    monkeypatch.setattr(kernels_check, "_time", lambda *arguments: None)
     wrong = run(app, ["doctor", "kernels", "--device", "cpu", "--backend", "broken", "--json"])
     report = json.loads(wrong.stdout)
     assert wrong.exit_code == 1 and not report["ok"] and report["environment"]["device"] == "cpu"
