@@ -198,11 +198,11 @@ def _attend(
 ) -> Tensor:
     """Call `attention()` on `[B, H, L, D]` as planned; give `[B, L, H, D]`."""
     batch, heads, length, _ = query.shape
+    if plan.keys is not None:
+        key, value = key[:, :, : plan.keys], value[:, :, : plan.keys]
     bias = position_bias
     if isinstance(bias, Tensor):
         bias = DenseBias(_cut(bias, plan, batch, length, key.shape[2]))
-    if plan.keys is not None:
-        key, value = key[:, :, : plan.keys], value[:, :, : plan.keys]
     q_packed = plan.q_layout is not None and plan.q_layout.is_packed
     kv_packed = plan.kv_layout is not None and plan.kv_layout.is_packed
     k, v = (_rows(x, kv_packed, plan.tokens) for x in (key, value))
@@ -225,8 +225,10 @@ def _rows(x: Tensor, packed: bool, tokens: Tensor | None) -> Tensor:
 
 def _cut(bias: Tensor, plan: _Plan, batch: int, length: int, kv_length: int) -> Tensor:
     """Cut the bias `[B | 1, H | 1, L, S]` of rows to what is planned; packed: to one block for each document."""
+    if plan.keys is not None and bias.shape[-1] != 1:
+        bias = bias[..., : plan.keys]
     if plan.q_layout is None or plan.kv_layout is None or not (plan.q_layout.is_packed and plan.kv_layout.is_packed):
-        return bias if plan.keys is None or bias.shape[-1] == 1 else bias[..., : plan.keys]
+        return bias
     q_places, k_places = (
         _places(layout, rows_tokens, plan.tokens)
         for layout, rows_tokens in ((plan.q_layout, batch * length), (plan.kv_layout, batch * kv_length))
@@ -276,20 +278,18 @@ def _plan_of_mask(
         layout = _restarted(position_ids, known.shape[0])
         if layout is not None:
             return _Plan(known.causal, known.window, layout, layout)
-    if documents is not None:
-        layout, tokens = _packed_rows(documents, padding)
-        return _Plan(known.causal, known.window, layout, layout, tokens=tokens)
-    batch, _, length, _ = known.shape
-    q_layout = Layout.full(batch, length, known.device)
+    if documents is not None or (padding is not None and square and (known.causal or known.window is not None)):
+        # Self-attention over rows with padding is packed too: with padding left out there is no mask left to build.
+        one_each = torch.zeros(known.shape[0], known.keys, dtype=torch.int64, device=known.device)
+        layout, tokens = _packed_rows(one_each if documents is None else documents, padding)
+        return _Plan(known.causal, known.window, layout, layout, known.keys, tokens)
+    q_layout = Layout.full(known.shape[0], known.shape[2], known.device)
     if padding is None:
-        kv_layout = q_layout if square else Layout.full(batch, known.keys, known.device)
+        kv_layout = q_layout if square else Layout.full(known.shape[0], known.keys, known.device)
     else:
         kv_layout = Layout.padded(padding)
-        if square and (known.causal or known.window is not None):
-            q_layout = kv_layout
-        elif known.causal:
+        if known.causal:  # else it may be cross-attention, and nothing is known of the queries
             q_layout = Layout.padded(padding[:, known.q_start :])
-        # Else it may be cross-attention, and nothing is known of the queries.
     return _Plan(known.causal, known.window, q_layout, kv_layout, keys=known.keys)
 
 

@@ -75,6 +75,9 @@ class KnownMask:
         return cast(T, self.made[-1][1])
 
 
+_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
 class CompactMask(Tensor):
     """A bool mask `[B, 1, L, S]` without storage. Any operation on it is done on the full tensor, made there and then.
 
@@ -104,9 +107,15 @@ class CompactMask(Tensor):
         """Run `func` on the full tensor, which is the mask from here on (it may be written to)."""
         if func is torch.ops.aten.detach.default:  # what checkpointing does to everything it stores
             return cls(args[0].known)
+        kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype", torch.bool) == torch.bool:
             return cls(args[0].known.to(kwargs.get("device", args[0].device)))  # between the devices of a split model
-        args, kwargs = tree_map_only(CompactMask, CompactMask.to_full, (args, kwargs or {}))
+        if func in _ADDITIONS and any(isinstance(x, Tensor) and x.is_floating_point() for x in args):
+            raise ValueError(
+                "a bool attention mask is being added to scores: this model computes its attention itself, past "
+                "attn_implementation='urform'; set 'eager'"
+            )
+        args, kwargs = tree_map_only(CompactMask, CompactMask.to_full, (args, kwargs))
         return func(*args, **kwargs)
 
     def to_full(self) -> Tensor:
@@ -129,11 +138,8 @@ def urform_mask(
     allow_is_bidirectional_skip: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> Tensor | None:
-    """Say what the library's bool mask `[B, 1, L, S]` says; None only where causality (or nothing) is all there is.
-
-    The library also returns None for static caches, whose keys behind the last query are not written yet; here the
-    last query always is at the last key when the mask is None.
+) -> Tensor:
+    """Say what the library's bool mask `[B, 1, L, S]` says.
 
     Args:
         batch_size: B.
@@ -143,42 +149,31 @@ def urform_mask(
         kv_offset: index of the first key.
         mask_function: says whether (batch, head, query index, key index) may attend.
         attention_mask: `[B, S]`, bool or integer, nonzero at real tokens.
-        allow_is_causal_skip: None may stand for causality.
-        allow_is_bidirectional_skip: None may stand for no mask at all.
+        allow_is_causal_skip: the library lets None stand for causality. Never done: what it means is then up to the
+            `is_causal` of each module, not always set, and a `CompactMask` costs nothing.
+        allow_is_bidirectional_skip: the same for no mask at all.
         device: of the mask.
         kwargs: what other implementations read.
 
     Returns:
-        A `CompactMask`; the full tensor under tracing and for what is not recognised; or None.
+        A `CompactMask`; the full tensor under tracing and for what is not recognised.
     """
-    at_the_end = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
     full = partial(
         masking_utils.sdpa_mask, batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-        kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, device=device, **kwargs,
+        kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False, device=device, **kwargs,
     )  # fmt: skip
-    skips = dict(
-        allow_is_causal_skip=allow_is_causal_skip and at_the_end,
-        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-    )
     # One query's mask is small, and with a static cache it is made outside of a compiled graph that then takes it.
     if is_tracing(attention_mask) or (isinstance(q_offset, Tensor) and (q_length == 1 or is_tracing(q_offset))):
-        return full(**skips)
+        return full()
     try:
-        pattern = _recognise(mask_function)
-        known = _known(
-            pattern, (batch_size, 1, q_length, kv_length), torch.device(device), int(q_offset) - kv_offset, kv_offset,
-            attention_mask,
-            partial(full, allow_is_causal_skip=False, allow_is_bidirectional_skip=False),
-        )  # fmt: skip
+        return CompactMask(_known(
+            _recognise(mask_function), (batch_size, 1, q_length, kv_length), torch.device(device),
+            int(q_offset) - kv_offset, kv_offset, attention_mask, full,
+        ))  # fmt: skip
     except _Unknown as reason:
         logger.warning_once(f"attn_implementation='urform' builds a full attention mask: {reason}")
-        return full(**skips)
-    if known.padding is None and known.documents is None and known.window is None:
-        if known.causal and allow_is_causal_skip and at_the_end:
-            return None
-        if not known.causal and allow_is_bidirectional_skip:
-            return None
-    return CompactMask(known)
+        return full()
 
 
 class _Unknown(Exception):
