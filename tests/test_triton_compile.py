@@ -5,9 +5,9 @@ is compiled is exactly what a GPU would be asked to launch, types, alignments an
 nothing runs. (A subprocess, because other tests need `TRITON_INTERPRET=1`, which is read when kernels are decorated.)
 The cache is a fresh directory: no stale result hides a failure.
 
-Checked: machine code is made, shared memory (and sm100's tensor memory) fits the chip, tensor cores are used by every kernel that multiplies
-matrices (not float32 on NVIDIA: its products are IEEE, for which there are none), and no length leads to a second
-compile.
+Checked: machine code is made, shared memory (and sm100's tensor memory) fits the chip, tensor cores are used by every
+kernel that multiplies matrices (not float32 on NVIDIA: its products are IEEE, for which there are none), and no length
+leads to a second compile. Registers that spill are reported, not refused.
 """
 
 from __future__ import annotations
