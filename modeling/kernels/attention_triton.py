@@ -127,8 +127,10 @@ def _power_of_two(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _dense_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+def _for_kernels(x: Tensor) -> Tensor:
+    """Make rows dense; the interpreter multiplies bfloat16 wrongly and rounds to it by cutting off: float32 there."""
+    x = x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+    return x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -166,7 +168,6 @@ class _Call:
             keep_scale=1 / (1 - dropout_p), GROUP=self.heads // self.kv_heads, HEAD_DIM=self.dim,
             HEAD_DIM_V=self.v_dim, BLOCK_D=self.width, BLOCK_DV=self.v_width, UNIT=self.unit, CAUSAL=causal,
             HAS_LEFT=self.left >= 0, HAS_RIGHT=self.right >= 0, SOFTCAP=softcap > 0,
-            UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
         )  # fmt: skip
 
     def strides(self, names: str, tensors: tuple[Tensor, ...]) -> dict[str, int]:
@@ -217,7 +218,8 @@ def _forward(
     bias: Tensor | None, map_q: Tensor | None, map_k: Tensor | None, seed: Tensor | None, max_q: int, max_k: int,
     causal: bool, left: int, right: int, kind: int, softcap: float, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v = (_dense_last(x) for x in (q, k, v))
+    dtype = q.dtype
+    q, k, v = (_for_kernels(x) for x in (q, k, v))
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     parts = lse.new_empty(_parts_shape(q))
@@ -230,7 +232,7 @@ def _forward(
             Out=out, Lse=lse, Top=_part(parts, 0), Total=_part(parts, 1), heads=call.heads, **call.strides("o", (out,))
         )
         call.launch("forward", max_q, call.heads * call.batch, arguments)
-    return out, lse, parts
+    return out.to(dtype), lse, parts
 
 
 def _backward(
@@ -239,13 +241,15 @@ def _backward(
     bias: Tensor | None, map_q: Tensor | None, map_k: Tensor | None, seed: Tensor | None, max_q: int, max_k: int,
     causal: bool, left: int, right: int, kind: int, softcap: float, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, grad = (_dense_last(x) for x in (q, k, v, grad))
+    dtype = q.dtype
+    q, k, v, grad, out = (_for_kernels(x) for x in (q, k, v, grad, out))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     call = _Call(
         q, k, v, starts_q, lengths_q, starts_k, lengths_k, bias, map_q, map_k, seed, max_q, max_k, causal, left, right,
         kind, softcap, scale, dropout_p, (grad, out, dq),
     )  # fmt: skip
     delta = torch.empty_like(lse)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     if out.numel():
         _launch_delta(call, out, grad, grad_lse, lse, delta)
     top = lse if parts.numel() == 0 else parts[0]
@@ -254,8 +258,8 @@ def _backward(
     if dq.numel():
         shape = (0, 0) if ds is None else (ds.shape[2], ds.shape[3])
         arguments = dict(
-            common, dQ=dq, Ds=ds, Sums=sums, ds_rows=shape[0], ds_columns=shape[1], heads=call.heads, batch=call.batch,
-            BIAS_GRAD=bias_grad, **call.strides("o", (dq,)),
+            common, GradLse=grad_lse, dQ=dq, Ds=ds, Sums=sums, ds_rows=shape[0], ds_columns=shape[1],
+            heads=call.heads, batch=call.batch, BIAS_GRAD=bias_grad, **call.strides("o", (dq,)),
         )  # fmt: skip
         call.launch("dq", max_q, call.heads * call.batch, arguments)
     if k.numel():
@@ -272,12 +276,13 @@ def _backward(
         dtable[:, -1] += sums[1].sum((1, 2))
         _add_diagonals(call, common, dtable)
         dbias = dtable.to(bias.dtype)
-    return dq, dk, dv, dbias
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), dbias
 
 
 def _parts_shape(q: Tensor) -> tuple[int, ...]:
     """Shape of the log-sum-exp's parts, which float32 keeps for the backward pass (its logarithm rounds too much)."""
-    return (2, q.shape[1], q.shape[0]) if q.dtype == torch.float32 else (2, 0, 0)
+    kept = q.dtype == torch.float32 or (INTERPRETED and q.dtype == torch.bfloat16)
+    return (2, q.shape[1], q.shape[0]) if kept else (2, 0, 0)
 
 
 def _part(parts: Tensor, index: int) -> Tensor | None:
@@ -289,7 +294,7 @@ def _launch_delta(call: _Call, out: Tensor, grad: Tensor, grad_lse: Tensor | Non
     tiles = -(-call.tokens // rows)
     with call.on_device():
         backward.attention_delta[(tiles * call.heads,)](
-            out, grad, None if grad_lse is None else grad_lse.contiguous(), lse, delta,
+            out, grad, grad_lse, lse, delta,
             **call.strides("og", (out, grad)), tokens_q=call.tokens, tiles=tiles, HEAD_DIM_V=call.v_dim,
             BLOCK_DV=call.v_width, BLOCK_M=rows, UNIT=call.unit, num_warps=4,
         )  # fmt: skip
@@ -520,21 +525,21 @@ def triton_attention(
     weight = _bias_tensor(bias, q_layout, kv_layout)
     kind = KINDS[None if bias is None else bias.kind]
     q_rows, kv_rows = _rows_of(q_layout), _rows_of(kv_layout)
-    mapped = kind == DENSE and (q_rows.order is not None or kv_rows.order is not None)
-    if dropout_p == 0 and not mapped and _decodes(q, k, v, weight, q_layout.length):
-        k, v, bounds_k = _as_cache(k, v, kv_layout, kv_rows)
+    if dropout_p == 0 and _decodes(q, k, v, weight, q_layout.length):
+        map_k = None if kv_rows.columns is None else kv_rows.columns.view(kv_layout.batch, kv_layout.length)
         out, lse = decode_attention(
-            _gather(q, q_rows), k, v, q_rows.starts if q_layout.mask is None else q_rows.bounds(), bounds_k,
+            _gather(q, q_rows), k, v, q_rows.starts if q_layout.mask is None else q_rows.bounds(),
+            kv_rows.starts if kv_layout.is_packed else F.pad(kv_rows.lengths[None], (0, 0, 1, 0)),
             q_layout.length, kv_layout.length, causal=causal, window=window, slopes=weight if kind == ALIBI else None,
             lut=weight if kind == TABLE else None, dense=weight if kind == DENSE else None, softcap=softcap,
-            scale=scale,
+            scale=scale, map_q=q_rows.columns if kind == DENSE else None, map_k=map_k,
         )  # fmt: skip
     else:
         left, right = (-1 if side is None else side for side in window or (None, None))
         out, lse, _ = attention_triton_fwd(
             _gather(q, q_rows), _gather(k, kv_rows), _gather(v, kv_rows), q_rows.starts, q_rows.lengths,
-            kv_rows.starts, kv_rows.lengths, weight, q_rows.columns if mapped else None,
-            kv_rows.columns if mapped else None, None if dropout_p == 0 else _seed_tensor(seed, q.device),
+            kv_rows.starts, kv_rows.lengths, weight, q_rows.columns if kind == DENSE else None,
+            kv_rows.columns if kind == DENSE else None, None if dropout_p == 0 else _seed_tensor(seed, q.device),
             q_layout.length, kv_layout.length, causal, left, right, kind, softcap or 0.0, scale, dropout_p,
         )  # fmt: skip
     if q_rows.inverse is not None:
@@ -546,18 +551,9 @@ def triton_attention(
 
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, queries: int) -> bool:
-    """Whether the decode kernel is to do it: few queries, no gradient, head dims that it serves."""
+    """Whether the decode kernel is to do it: few queries, no gradient."""
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, weight))
-    return not grad and queries <= DECODE_QUERIES and all(d % 8 == 0 and d >= 16 for d in (q.shape[-1], v.shape[-1]))
-
-
-def _as_cache(k: Tensor, v: Tensor, layout: Layout, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Give keys, values and their bounds to the decode kernel: a cache as it is, whatever its strides."""
-    if layout.is_packed:
-        return k, v, rows.starts
-    if rows.order is not None:
-        k, v = (_gather(x, rows).unflatten(0, (layout.batch, layout.length)) for x in (k, v))
-    return k, v, torch.stack([torch.zeros_like(rows.lengths), rows.lengths])
+    return not grad and queries <= DECODE_QUERIES
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

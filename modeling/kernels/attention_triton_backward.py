@@ -87,32 +87,54 @@ def probabilities(scores, top, factor, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _row_tile(
+    first, q, grad, top, factor, K, V, rows, first_row, row_keys, length_q, length_k, shift, left, right, scale,
+    softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column, threshold, keep_scale,
+    stride_kn, stride_vn, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Compute what a tile of queries and the keys from `first` on have in common.
+
+    Returns:
+        k, the columns, probabilities (before dropout), their gradient, and the derivative of the softcap.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    at = tl.cast(first, tl.int64)
+    remaining = length_k - first
+    k = load_rows(K + at * stride_kn, offs_n, remaining, stride_kn, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
+    v = load_rows(V + at * stride_vn, offs_n, remaining, stride_vn, tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV)
+    columns = (first + offs_n)[None, :]
+    scores, slope = score_tile(
+        tl.dot(q, tl.trans(k), input_precision="ieee"), rows, columns, first_row, first, length_q, length_k, shift,
+        left, right, scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row,
+        stride_bias_column, BLOCK_M, BLOCK_N, MASKED, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT, EXACT,
+    )  # fmt: skip
+    p = probabilities(scores, top[:, None], factor[:, None], EXACT)
+    dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    if DROPOUT:
+        dp = tl.where(dropout_survives(row_keys, columns, threshold), dp * keep_scale, 0.0)
+    return k, columns, p, dp, slope
+
+
+@triton.jit
 def _dq_tiles(
     dq, below, above, low, high, q, grad, top, factor, delta, K, V, Ds, rows, first_row, row_keys, length_q, length_k,
     shift, left, right, scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column,
     ds_columns, threshold, keep_scale, stride_kn, stride_vn, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    BIAS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    BIAS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Add to dq, and to the rows' sums for the bias, what the keys from `low` to `high` give."""
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    offs_n = tl.arange(0, BLOCK_N)
     for first in range(low, high, BLOCK_N):
-        at = tl.cast(first, tl.int64)
-        k = load_rows(K + at * stride_kn, offs_n, length_k - first, stride_kn, offs_d, HEAD_DIM, BLOCK_D, UPCAST)
-        v = load_rows(V + at * stride_vn, offs_n, length_k - first, stride_vn, offs_dv, HEAD_DIM_V, BLOCK_DV, UPCAST)
-        columns = (first + offs_n)[None, :]
-        scores, slope = score_tile(
-            tl.dot(q, tl.trans(k), input_precision="ieee"), rows, columns, first_row, first, length_q, length_k, shift,
-            left, right, scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row,
-            stride_bias_column, BLOCK_M, BLOCK_N, MASKED, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT, EXACT,
+        k, columns, p, dp, slope = _row_tile(
+            first, q, grad, top, factor, K, V, rows, first_row, row_keys, length_q, length_k, shift, left, right,
+            scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column, threshold,
+            keep_scale, stride_kn, stride_vn, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASKED,
+            HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, DROPOUT, EXACT,
         )  # fmt: skip
-        p = probabilities(scores, top[:, None], factor[:, None], EXACT)
-        dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        if DROPOUT:
-            dp = tl.where(dropout_survives(row_keys, columns, threshold), dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if BIAS_GRAD:
             ahead = columns - rows - shift
@@ -138,14 +160,15 @@ def _dq_tiles(
 
 @jit
 def attention_backward_dq(
-    Q, K, V, Grad, Top, Total, Delta, dQ, Ds, Sums, StartsQ, LengthsQ, StartsK, LengthsK, Bias, MapQ, MapK, Seed,
+    Q, K, V, Grad, GradLse, Top, Total, Delta, dQ, Ds, Sums, StartsQ, LengthsQ, StartsK, LengthsK,
+    Bias, MapQ, MapK, Seed,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_gn, stride_gh, stride_on, stride_oh,
     stride_bias_batch, stride_bias_head, stride_bias_row, stride_bias_column, ds_rows, ds_columns,
     tokens_q, tiles, heads, batch, left, right, reach, threshold, scale, softcap, keep_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    BIAS_GRAD: tl.constexpr, UPCAST: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
 ):  # fmt: skip
     """Compute `dQ` (strides `stride_on`, `stride_oh`); a program has one (sequence, head, row tile).
 
@@ -153,6 +176,9 @@ def attention_backward_dq(
     sum of -distance * dS; for TABLE, `Sums[0]` and `Sums[1]` get the sums of dS over the keys that lie at least
     `reach` behind and ahead (`attention_backward_diagonals` does the rest); for DENSE, `Ds` gets dS.
     `Sums` is `[2, H, B, tiles]`, `Ds` is `[B, H, ds_rows, ds_columns]`.
+
+    Where one tile has all keys of the rows, `Delta` is first replaced by the sum of P * dP itself: the product with a
+    rounded `Out` would not cancel where few keys leave nothing but rounding (with one key dS is 0).
     """
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles
@@ -192,19 +218,32 @@ def attention_backward_dq(
         row_keys = dropout_row_keys(Seed, sequence, head, rows)
     length_k = tl.where(first_row < length_q, length_k, 0)
     remaining = length_q - first_row
-    q = load_rows(Q, offs_m, remaining, stride_qn * UNIT, offs_d, HEAD_DIM, BLOCK_D, UPCAST)
-    grad = load_rows(Grad, offs_m, remaining, stride_gn * UNIT, tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV, UPCAST)
+    q = load_rows(Q, offs_m, remaining, stride_qn * UNIT, offs_d, HEAD_DIM, BLOCK_D)
+    grad = load_rows(Grad, offs_m, remaining, stride_gn * UNIT, tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV)
     row_at = head_64 * tokens_q + first_token
     top, factor = load_row_sums(Top + row_at, None if Total is None else Total + row_at, offs_m, remaining)
     delta = tl.load(Delta + row_at + offs_m, mask=offs_m < remaining, other=0.0)
 
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    below = tl.zeros([BLOCK_M], tl.float32)
-    above = tl.zeros([BLOCK_M], tl.float32)
     last_row = tl.minimum(first_row + BLOCK_M, length_q) - 1
     low, full_low, full_high, high = key_range(
         first_row, last_row, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
+    if (high > low) & (high - low <= BLOCK_N):
+        _, _, p, dp, _ = _row_tile(
+            low, q, grad, top, factor, K, V, rows, first_row, row_keys, length_q, length_k, shift, left, right,
+            scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column, threshold,
+            keep_scale, stride_kn * UNIT, stride_vn * UNIT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            True, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, DROPOUT, EXACT,
+        )  # fmt: skip
+        delta = tl.sum(p * dp, 1)
+        if GradLse is not None:
+            delta -= tl.load(GradLse + row_at + offs_m, mask=offs_m < remaining, other=0.0)
+        delta = tl.where(top == float("inf"), 0.0, delta)
+        tl.store(Delta + row_at + offs_m, delta, offs_m < remaining)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    below = tl.zeros([BLOCK_M], tl.float32)
+    above = tl.zeros([BLOCK_M], tl.float32)
     for part in tl.static_range(0 if HAS_LEFT else 1, 3):
         dq, below, above = _dq_tiles(
             dq, below, above, low if part == 0 else (full_low if part == 1 else full_high),
@@ -212,7 +251,7 @@ def attention_backward_dq(
             q, grad, top, factor, delta, K, V, Ds, rows, first_row, row_keys, length_q, length_k, shift, left, right,
             scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column, ds_columns,
             threshold, keep_scale, stride_kn * UNIT, stride_vn * UNIT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-            BLOCK_M, BLOCK_N, part != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, BIAS_GRAD, DROPOUT, EXACT, UPCAST,
+            BLOCK_M, BLOCK_N, part != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, BIAS_GRAD, DROPOUT, EXACT,
         )  # fmt: skip
 
     dq = tl.where(rows < length_q, dq * scale, 0.0)
@@ -232,7 +271,7 @@ def _dkdv_tiles(
     stride_bias_column, threshold, keep_scale, stride_qn, stride_gn, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Add to dk and dv what one head's query rows from `low` to `high` give; tiles are transposed, `[N, M]`."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -240,10 +279,8 @@ def _dkdv_tiles(
     offs_m = tl.arange(0, BLOCK_M)
     for first in range(low, high, BLOCK_M):
         at = tl.cast(first, tl.int64)
-        q = load_rows(Q + at * stride_qn, offs_m, length_q - first, stride_qn, offs_d, HEAD_DIM, BLOCK_D, UPCAST)
-        grad = load_rows(
-            Grad + at * stride_gn, offs_m, length_q - first, stride_gn, offs_dv, HEAD_DIM_V, BLOCK_DV, UPCAST
-        )
+        q = load_rows(Q + at * stride_qn, offs_m, length_q - first, stride_qn, offs_d, HEAD_DIM, BLOCK_D)
+        grad = load_rows(Grad + at * stride_gn, offs_m, length_q - first, stride_gn, offs_dv, HEAD_DIM_V, BLOCK_DV)
         at += row_at
         top, factor = load_row_sums(Top + at, None if Total is None else Total + at, offs_m, length_q - first)
         delta = tl.load(Delta + at + offs_m, mask=offs_m < length_q - first, other=0.0)
@@ -277,7 +314,7 @@ def attention_backward_dkdv(
     tokens_q, tiles, heads, left, right, reach, threshold, scale, softcap, keep_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Compute `dK` and `dV` (contiguous); a program has one (sequence, key head, key tile) and loops over its group.
 
@@ -309,8 +346,8 @@ def attention_backward_dkdv(
     K += first_token * stride_kn * UNIT + kv_head.to(tl.int64) * stride_kh * UNIT
     V += first_token * stride_vn * UNIT + kv_head.to(tl.int64) * stride_vh * UNIT
     remaining = length_k - first_column
-    k = load_rows(K, offs_n, remaining, stride_kn * UNIT, offs_d, HEAD_DIM, BLOCK_D, UPCAST)
-    v = load_rows(V, offs_n, remaining, stride_vn * UNIT, offs_dv, HEAD_DIM_V, BLOCK_DV, UPCAST)
+    k = load_rows(K, offs_n, remaining, stride_kn * UNIT, offs_d, HEAD_DIM, BLOCK_D)
+    v = load_rows(V, offs_n, remaining, stride_vn * UNIT, offs_dv, HEAD_DIM_V, BLOCK_DV)
     length_q = tl.where(first_column < length_k, length_q, 0)  # a tile of padding visits no query
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -334,7 +371,7 @@ def attention_backward_dkdv(
                 head_64 * tokens_q + start_q, columns, first_column, Seed, sequence, head, length_q, length_k,
                 shift, left, right, scale, softcap, bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row,
                 stride_bias_column, threshold, keep_scale, stride_qn * UNIT, stride_gn * UNIT, HEAD_DIM, HEAD_DIM_V,
-                BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, part != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT, UPCAST,
+                BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, part != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT,
             )  # fmt: skip
 
     real = columns < length_k
@@ -356,13 +393,13 @@ def _ds_tile(
     right, scale, softcap, Bias, start_q, start_k, reach, threshold, keep_scale, stride_kn, stride_vn,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Compute dS of a square tile that may begin before the first key or end behind the last."""
     columns = first_column + tl.arange(0, BLOCK)
     tokens = columns.to(tl.int64)
-    k = load_rows(K, tokens, length_k, stride_kn, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D, UPCAST)
-    v = load_rows(V, tokens, length_k, stride_vn, tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV, UPCAST)
+    k = load_rows(K, tokens, length_k, stride_kn, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
+    v = load_rows(V, tokens, length_k, stride_vn, tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV)
     scores, _ = score_tile(
         tl.dot(q, tl.trans(k), input_precision="ieee"), rows, columns[None, :], first_row, first_column, length_q,
         length_k, shift, left, right, scale, softcap, Bias, start_q, start_k, reach, None, None, 0, 0, BLOCK, BLOCK,
@@ -382,7 +419,7 @@ def attention_backward_diagonals(
     scale, softcap, keep_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Sum dS along diagonals (equal key minus query position): the gradient of a TABLE between its clipped ends.
 
@@ -425,11 +462,11 @@ def attention_backward_diagonals(
                 row_keys = dropout_row_keys(Seed, sequence, head, rows)
             q = load_rows(
                 Q + (first_token * stride_qn + head_64 * stride_qh) * UNIT, offs, remaining, stride_qn * UNIT,
-                tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D, UPCAST,
+                tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D,
             )  # fmt: skip
             grad = load_rows(
                 Grad + (first_token * stride_gn + head_64 * stride_gh) * UNIT, offs, remaining, stride_gn * UNIT,
-                tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV, UPCAST,
+                tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV,
             )  # fmt: skip
             row_at = head_64 * tokens_q + first_token
             top, factor = load_row_sums(Top + row_at, None if Total is None else Total + row_at, offs, remaining)
@@ -440,13 +477,13 @@ def attention_backward_diagonals(
                 q, grad, top, factor, delta, k_head, v_head, first_column, rows, first_row, row_keys, length_q,
                 length_k, shift, left, right, scale, softcap, Bias, start_q, start_k, reach, threshold, keep_scale,
                 stride_kn * UNIT, stride_vn * UNIT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK, HAS_LEFT,
-                HAS_RIGHT, SOFTCAP, DROPOUT, EXACT, UPCAST,
+                HAS_RIGHT, SOFTCAP, DROPOUT, EXACT,
             )  # fmt: skip
             far = _ds_tile(
                 q, grad, top, factor, delta, k_head, v_head, first_column + BLOCK, rows, first_row, row_keys, length_q,
                 length_k, shift, left, right, scale, softcap, Bias, start_q, start_k, reach, threshold, keep_scale,
                 stride_kn * UNIT, stride_vn * UNIT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK, HAS_LEFT,
-                HAS_RIGHT, SOFTCAP, DROPOUT, EXACT, UPCAST,
+                HAS_RIGHT, SOFTCAP, DROPOUT, EXACT,
             )  # fmt: skip
             sums += tl.sum(tl.gather(tl.where(first_tile, near, far), turn, 1), 0)
     at = block * BLOCK + offs

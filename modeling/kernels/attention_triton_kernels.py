@@ -86,7 +86,7 @@ def tanh(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def load_rows(X, rows, length, stride, offs_d, SIZE: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
+def load_rows(X, rows, length, stride, offs_d, SIZE: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr = False):
     """Load `[rows, BLOCK]` of a token tensor, zeros beyond `length` rows and `SIZE` columns."""
     inside = (rows >= 0) & (rows < length)
     pointers = X + rows[:, None] * stride + offs_d[None, :]
@@ -246,7 +246,7 @@ def _forward_tiles(
     stride_kn, stride_vn, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Take the keys from `low` to `high` into the online softmax (Milakov & Gimelshein 2018, algorithm 3)."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -254,7 +254,7 @@ def _forward_tiles(
     offs_n = tl.arange(0, BLOCK_N)
     for first in range(low, high, BLOCK_N):
         at = tl.cast(first, tl.int64)
-        k = load_rows(K + at * stride_kn, offs_n, length_k - first, stride_kn, offs_d, HEAD_DIM, BLOCK_D, UPCAST)
+        k = load_rows(K + at * stride_kn, offs_n, length_k - first, stride_kn, offs_d, HEAD_DIM, BLOCK_D)
         columns = (first + offs_n)[None, :]
         scores, _ = score_tile(
             tl.dot(q, tl.trans(k), input_precision="ieee"), rows, columns, first_row, first, length_q, length_k, shift,
@@ -268,7 +268,7 @@ def _forward_tiles(
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(dropout_survives(row_keys, columns, threshold), p, 0.0)
-        v = load_rows(V + at * stride_vn, offs_n, length_k - first, stride_vn, offs_dv, HEAD_DIM_V, BLOCK_DV, UPCAST)
+        v = load_rows(V + at * stride_vn, offs_n, length_k - first, stride_vn, offs_dv, HEAD_DIM_V, BLOCK_DV)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
     return acc, total, top
@@ -282,7 +282,7 @@ def attention_forward(
     tokens_q, tiles, heads, left, right, reach, threshold, scale, softcap, keep_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Compute `Out` `[tokens_q, H, DV]` and `Lse` `[H, tokens_q]`; a program has one (sequence, head, row tile).
 
@@ -321,7 +321,7 @@ def attention_forward(
     if DROPOUT:
         row_keys = dropout_row_keys(Seed, sequence, head, rows)
     length_k = tl.where(first_row < length_q, length_k, 0)  # a tile of padding visits no key, and writes its zeros
-    q = load_rows(Q, offs_m, length_q - first_row, stride_qn * UNIT, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D, UPCAST)
+    q = load_rows(Q, offs_m, length_q - first_row, stride_qn * UNIT, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -337,7 +337,7 @@ def attention_forward(
             q, K, V, rows, first_row, row_keys, length_q, length_k, shift, left, right, scale, softcap,
             Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column, threshold,
             stride_kn * UNIT, stride_vn * UNIT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            part != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, DROPOUT, EXACT, UPCAST,
+            part != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, DROPOUT, EXACT,
         )  # fmt: skip
 
     attends = (total > 0) & (local_rows < length_q)
