@@ -225,9 +225,7 @@ def attention_backward_dq(
     delta = tl.load(Delta + row_at + offs_m, mask=offs_m < remaining, other=0.0)
 
     last_row = tl.minimum(first_row + BLOCK_M, length_q) - 1
-    low, full_low, full_high, high = key_range(
-        first_row, last_row, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
-    )
+    low, full, high = key_range(first_row, last_row, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
     if (high > low) & (high - low <= BLOCK_N):
         _, _, p, dp, _ = _row_tile(
             low, q, grad, top, factor, K, V, rows, first_row, row_keys, length_q, length_k, shift, left, right,
@@ -244,14 +242,14 @@ def attention_backward_dq(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     below = tl.zeros([BLOCK_M], tl.float32)
     above = tl.zeros([BLOCK_M], tl.float32)
-    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+    SPLIT: tl.constexpr = not (HAS_LEFT or DROPOUT or BIAS == DENSE)
+    for part in tl.static_range(0, 2 if SPLIT else 1):
         dq, below, above = _dq_tiles(
-            dq, below, above, low if part == 0 else (full_low if part == 1 else full_high),
-            tl.minimum(full_low, high) if part == 0 else (full_high if part == 1 else high),
+            dq, below, above, low if part == 0 else full, full if SPLIT and part == 0 else high,
             q, grad, top, factor, delta, K, V, Ds, rows, first_row, row_keys, length_q, length_k, shift, left, right,
             scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column, ds_columns,
             threshold, keep_scale, stride_kn * UNIT, stride_vn * UNIT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-            BLOCK_M, BLOCK_N, part != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, BIAS_GRAD, DROPOUT, EXACT,
+            BLOCK_M, BLOCK_N, part == 1 or not SPLIT, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, BIAS_GRAD, DROPOUT, EXACT,
         )  # fmt: skip
 
     dq = tl.where(rows < length_q, dq * scale, 0.0)
@@ -353,25 +351,24 @@ def attention_backward_dkdv(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     last_column = tl.minimum(first_column + BLOCK_N, length_k) - 1
-    low, full_low, full_high, high = query_range(
-        first_column, last_column, shift, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
-    )
+    low, full, high = query_range(first_column, last_column, shift, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M)
+    MASKS: tl.constexpr = HAS_LEFT or HAS_RIGHT  # keys beyond the sequence need none here: they are not stored
+    SPLIT: tl.constexpr = HAS_RIGHT and not (HAS_LEFT or Seed is not None or BIAS == DENSE)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         head_64 = head.to(tl.int64)
         bias = Bias
         if BIAS != NO_BIAS:
             bias = Bias + (sequence.to(tl.int64) * stride_bias_batch + head_64 * stride_bias_head)
-        for part in tl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
+        for part in tl.static_range(0, 2 if SPLIT else 1):
             dk, dv = _dkdv_tiles(
-                dk, dv, low if part == 0 else (full_low if part == 1 else full_high),
-                tl.minimum(full_low, high) if part == 0 else (full_high if part == 1 else high),
+                dk, dv, low if part == 0 else full, tl.minimum(full, high) if SPLIT and part == 0 else high,
                 k, v, Q + (start_q * stride_qn + head_64 * stride_qh) * UNIT,
                 Grad + (start_q * stride_gn + head_64 * stride_gh) * UNIT, Top, Total, Delta,
                 head_64 * tokens_q + start_q, columns, first_column, Seed, sequence, head, length_q, length_k,
                 shift, left, right, scale, softcap, bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row,
                 stride_bias_column, threshold, keep_scale, stride_qn * UNIT, stride_gn * UNIT, HEAD_DIM, HEAD_DIM_V,
-                BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, part != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT,
+                BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASKS and part == 0, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT,
             )  # fmt: skip
 
     real = columns < length_k

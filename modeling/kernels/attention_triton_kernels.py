@@ -189,23 +189,18 @@ def key_range(
     """Give the keys that rows `first_row..last_row` may see, in steps of `BLOCK`.
 
     Returns:
-        `(low, full_low, full_high, high)`: tiles from `low` to `high` are to be visited, and those from `full_low` to
-        `full_high` need no mask.
+        `(low, full, high)`: tiles from `low` to `high` are to be visited, and those before `full` need no mask unless
+        there is a left bound.
     """
     low = first_row * 0
-    full_low = low
+    full = length_k
     high = length_k
-    full_high = length_k
     if HAS_LEFT:
         low = tl.maximum(first_row + shift - left, 0) // BLOCK * BLOCK
-        full_low = tl.maximum(last_row + shift - left + BLOCK - 1, 0) // BLOCK * BLOCK
     if HAS_RIGHT:
+        full = tl.minimum(length_k, first_row + shift + right + 1)
         high = tl.minimum(length_k, last_row + shift + right + 1)
-        full_high = tl.minimum(length_k, first_row + shift + right + 1)
-    high = tl.maximum(high, low)
-    full_low = tl.maximum(tl.minimum(full_low, (high + BLOCK - 1) // BLOCK * BLOCK), low)
-    full_high = tl.maximum(tl.maximum(full_high, 0) // BLOCK * BLOCK, full_low)
-    return low, full_low, full_high, high
+    return low, tl.maximum(tl.maximum(full, 0) // BLOCK * BLOCK, low), tl.maximum(high, low)
 
 
 @triton.jit
@@ -213,22 +208,21 @@ def query_range(
     first_column, last_column, shift, length_q, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Give the query rows that may see keys `first_column..last_column`: `key_range` seen from the keys."""
+    """Give the query rows that may see keys `first_column..last_column`: `key_range` seen from the keys.
+
+    Returns:
+        `(low, full, high)`: tiles from `full` on need no mask unless there is a left bound (rows beyond the sequence
+        have probability 0).
+    """
     low = first_column * 0
-    full_low = low
+    full = low
     high = length_q
-    full_high = (length_q + BLOCK - 1) // BLOCK * BLOCK  # rows beyond the sequence have probability 0
     if HAS_RIGHT:
         low = tl.maximum(first_column - right - shift, 0) // BLOCK * BLOCK
-        full_low = tl.maximum(last_column - right - shift + BLOCK - 1, 0) // BLOCK * BLOCK
+        full = tl.maximum(last_column - right - shift + BLOCK - 1, 0) // BLOCK * BLOCK
     if HAS_LEFT:
         high = tl.minimum(length_q, last_column + left - shift + 1)
-        full_high = tl.maximum(first_column + left - shift + 1, 0) // BLOCK * BLOCK
-    high = tl.maximum(high, low)
-    end = (high + BLOCK - 1) // BLOCK * BLOCK
-    full_low = tl.maximum(tl.minimum(full_low, end), low)
-    full_high = tl.maximum(tl.minimum(full_high, end), full_low)
-    return low, full_low, full_high, high
+    return low, tl.maximum(full, low), tl.maximum(high, low)
 
 
 @triton.jit
@@ -327,17 +321,16 @@ def attention_forward(
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     last_row = tl.minimum(first_row + BLOCK_M, length_q) - 1
-    low, full_low, full_high, high = key_range(
-        first_row, last_row, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
-    )
-    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+    low, full, high = key_range(first_row, last_row, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+    # A second copy of the loop, without masks, where that is most of the work; else it would only cost compile time.
+    SPLIT: tl.constexpr = not (HAS_LEFT or DROPOUT or BIAS == DENSE)
+    for part in tl.static_range(0, 2 if SPLIT else 1):
         acc, total, top = _forward_tiles(
-            acc, total, top, low if part == 0 else (full_low if part == 1 else full_high),
-            tl.minimum(full_low, high) if part == 0 else (full_high if part == 1 else high),
+            acc, total, top, low if part == 0 else full, full if SPLIT and part == 0 else high,
             q, K, V, rows, first_row, row_keys, length_q, length_k, shift, left, right, scale, softcap,
             Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column, threshold,
             stride_kn * UNIT, stride_vn * UNIT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            part != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, DROPOUT, EXACT,
+            part == 1 or not SPLIT, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, DROPOUT, EXACT,
         )  # fmt: skip
 
     attends = (total > 0) & (local_rows < length_q)
