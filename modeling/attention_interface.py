@@ -266,6 +266,7 @@ def _plan_of_mask(
     """Make layouts of what a mask says, or None where only the full mask will do."""
     padding, documents = known.padding, known.documents
     square = known.q_start == 0 and known.shape[2] == known.keys
+    causal = known.causal and (known.shape[2] > 1 or known.window is not None)  # a single query sees every key
     if cu_seq_lens is not None:
         (starts, _), (k_starts, _) = cu_seq_lens
         if padding is None and documents is None and known.keys == known.shape[3]:
@@ -288,9 +289,9 @@ def _plan_of_mask(
         kv_layout = q_layout if square else Layout.full(known.shape[0], known.keys, known.device)
     else:
         kv_layout = Layout.padded(padding)
-        if known.causal:  # else it may be cross-attention, and nothing is known of the queries
+        if causal:  # else it may be cross-attention, and nothing is known of the queries
             q_layout = Layout.padded(padding[:, known.q_start :])
-    return _Plan(known.causal, known.window, q_layout, kv_layout, keys=known.keys)
+    return _Plan(causal, known.window, q_layout, kv_layout, known.keys)
 
 
 def _restarted(position_ids: Tensor, batch: int) -> Layout | None:

@@ -38,7 +38,7 @@ class KnownMask:
         keys: how many keys there are to see; those behind are not written yet (static caches).
         q_start: index of the first query among the keys.
         padding: bool `[B, keys]`, True at real keys; None where all are.
-        documents: `[B, L]`, neighbours of one document have one value; None where a row is one document.
+        documents: `[B, L]`, numbers that go up from document to document; None where a row is one document.
         device: of the mask.
         build: makes the full bool tensor.
         full: the full tensor, once somebody has looked inside; from then on it is the mask.
@@ -294,6 +294,8 @@ def _known(
 
     # Read once: whether there is padding at all, and holes; whether positions restart with the documents.
     questions = []
+    if documents is not None:
+        questions += [(documents.diff(dim=-1) >= 0).all()]
     if padding is not None:
         begins = padding[:, 1:] & ~padding[:, :-1]
         questions += [padding.all(), (begins.sum(-1) + padding[:, 0] <= 1).all()]
@@ -303,6 +305,8 @@ def _known(
     answers: list[bool] = torch.stack(questions).tolist() if questions else []
     if pattern.positions is not None and (documents is None or not answers.pop()):
         raise _Unknown("positions that do not follow the documents")
+    if documents is not None and not answers.pop(0):
+        raise _Unknown("documents in pieces")
     if padding is not None and not in_reach and not answers[1]:
         raise _Unknown("a window over padding between real tokens")
     return KnownMask(

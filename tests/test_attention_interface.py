@@ -521,6 +521,37 @@ def test_causality_does_not_hang_on_the_module() -> None:
             torch.testing.assert_close(out.double(), eager_float64(x, x, x, full, None), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("numbers", [[0, 0, 1, 1, 1, 3], [1, 1, 0, 0, 2, 2], [0, 1, 1, 0, 0, 2]])
+@pytest.mark.parametrize("window", [None, 2])
+def test_documents_by_number(numbers: list[int], window: int | None) -> None:
+    """As the library's own function reads them: pieces of one document see each other."""
+    parts = [masking_utils.causal_mask_function if window is None else FUNCTIONS["sliding"]]
+    parts.append(masking_utils.packed_sequence_mask_function(torch.tensor([numbers, sorted(numbers)])))
+    given: dict[str, Any] = dict(batch_size=2, q_length=6, kv_length=6, mask_function=masking_utils.and_masks(*parts))
+    padding = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]).bool()
+    for mask_2d in (None, padding):
+        mask = urform_mask(**given, attention_mask=mask_2d)
+        assert isinstance(mask, CompactMask) == (numbers == sorted(numbers))
+        full = masking_utils.sdpa_mask(**given, attention_mask=mask_2d, allow_is_causal_skip=False)
+        x = heads(2, 4, 6, 8)
+        out, _ = urform_attention_forward(Module(), x, x, x, mask)
+        real = slice(None) if mask_2d is None else mask_2d
+        torch.testing.assert_close(out[real].double(), eager_float64(x, x, x, full, None)[real], atol=2e-6, rtol=1e-5)
+
+
+def test_a_batch_of_padding_alone() -> None:
+    x = heads(2, 4, 6, 8).requires_grad_()
+    nothing = torch.zeros(2, 6, dtype=torch.bool)
+    for function in ("causal", "bidirectional", "sliding", "sliding both"):
+        mask = urform_mask(
+            batch_size=2, q_length=6, kv_length=6, mask_function=FUNCTIONS[function], attention_mask=nothing
+        )
+        out, _ = urform_attention_forward(Module(), x, x, x, mask)
+        assert (out == 0).all()
+        (grad,) = torch.autograd.grad(out.sum(), [x])
+        assert (grad == 0).all()
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_models_that_compute_attention_themselves_are_refused(padded: bool) -> None:
     config = BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4)
