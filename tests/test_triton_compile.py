@@ -53,7 +53,7 @@ BETWEEN = ((16, 16), (40, 40), (80, 80), (192, 128), (64, 256), (200, 200))
 
 #: what every test run compiles: each kernel once, and the head dims that need the most shared memory
 USUAL: tuple[Case, ...] = (
-    {"host": "attention", "dtype": "bfloat16", "dims": (64, 64), **EVERYTHING},
+    {"host": "attention", "dtype": "bfloat16", "dims": (128, 128), **EVERYTHING},
     {"host": "attention", "dtype": "float16", "dims": (256, 256)},
     {"host": "decode", "dtype": "bfloat16", "dims": (128, 128), "bias": "dense", "cache": True, **FEW},
     {"host": "decode", "dtype": "float16", "dims": (256, 256), "max_q": 16, **EVERYTHING},
