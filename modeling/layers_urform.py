@@ -240,7 +240,8 @@ class UrformAttention(nn.Module):
         self.dropout = config.attention_dropout
         self.softcap = config.attn_logit_softcapping
         sliding = not is_cross_attention and sizes.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if sliding else None
+        # The library's two-sided masks reach `sliding_window` keys to each side, its kernels count the query's own too.
+        self.sliding_window = config.sliding_window + (not is_decoder) if sliding else None
 
         self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=config.attention_bias)

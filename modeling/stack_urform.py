@@ -371,7 +371,12 @@ class UrformStack(UrformPreTrainedModel):
             )
         if self.norm is not None:
             hidden_states = self.norm(hidden_states)
-        return hidden_states if packing is None else packing.unpack(hidden_states)
+        if packing is not None:
+            return packing.unpack(hidden_states)
+        if mask is not None and mask.shape[1] >= given.shape[1] and takes_layouts(self.config):
+            real = mask[:, -given.shape[1] :, None].to(hidden_states.device) != 0
+            return hidden_states.masked_fill(~real, 0.0)  # as on the packed path
+        return hidden_states
 
     def _source_packing(
         self,

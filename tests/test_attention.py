@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from urform.modeling.kernels import attention_buckets, attention_dispatch
+from urform.modeling.kernels import attention_dispatch
 from urform.modeling.kernels.attention_biases import ALiBi, Bias, DenseBias, RelativeBias, T5Bias
+from urform.modeling.kernels.attention_buckets import Limits
 from urform.modeling.kernels.attention_dispatch import attention, attention_backends
 from urform.modeling.kernels.attention_layouts import Layout
 
@@ -251,8 +252,8 @@ def gradients(out: Tensor, problem: Problem) -> list[Tensor]:
 def small_blocks() -> Iterator[None]:
     """Let the blockwise backend meet many blocks, of rows and of keys, in small problems."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in {"BLOCK_ELEMENTS": 24, "BLOCK_KEYS": 3, "MIN_ROWS": 2}.items():
-            patch.setattr(attention_buckets, name, size)
+        for name, size in {"elements": 24, "keys": 3, "rows": 2}.items():
+            patch.setattr(Limits, name, size)
         yield
 
 

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention_buckets as sizes
 from .attention_biases import Bias
-from .attention_buckets import Bucket, Plan, make_plan
+from .attention_buckets import Bucket, Limits, Plan, make_plan
 from .attention_layouts import Layout
 from .attention_reference import keep_tile
 
@@ -58,18 +57,22 @@ class Call:
 
     def blocks(self, bucket: Bucket) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
         """Give (first row, last row + 1, the blocks of keys these rows see), in a fixed order; no empty ones."""
-        width = min(bucket.size, sizes.BLOCK_KEYS)
-        rows = max(sizes.MIN_ROWS, sizes.BLOCK_ELEMENTS // (len(bucket.members) * self.heads * width))
-        for first in range(0, bucket.length, rows):
-            last = min(first + rows, bucket.length)
-            low, high = 0, bucket.size
+        width = min(bucket.k.length, Limits.keys)
+        rows = max(Limits.rows, Limits.elements // (len(bucket.members) * self.heads * width))
+        for first in range(0, bucket.q.length, rows):
+            last = min(first + rows, bucket.q.length)
+            low, high = 0, bucket.k.length
             if self.left is not None:
                 low = max(low, first + bucket.shift - self.left)
             if self.right is not None:
                 high = min(high, last + bucket.shift + self.right)
             if low < high:
-                starts = range(low, high, sizes.BLOCK_KEYS)
-                yield first, last, [(start, min(start + sizes.BLOCK_KEYS, high)) for start in starts]
+                starts = range(low, high, Limits.keys)
+                yield first, last, [(start, min(start + Limits.keys, high)) for start in starts]
+
+    def several(self) -> bool:
+        """Whether some rows see their keys in more than one block."""
+        return any(len(keys) > 1 for bucket in self.plan.buckets for *_, keys in self.blocks(bucket))
 
     def leaves_gaps(self, bucket: Bucket) -> bool:
         """Whether `blocks` skips rows that see no key."""
@@ -82,7 +85,7 @@ class Call:
 
     def may_be_empty(self, bucket: Bucket) -> bool:
         """Whether a row (padding included) may see no key at all."""
-        narrow = self.left is not None and bucket.row_padding is not None
+        narrow = self.left is not None and bucket.q.padding is not None
         return self.dense is not None or narrow or (bucket.ragged and (self.left, self.right) != (None, None))
 
     def diagonal_range(self, bucket: Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> slice:
@@ -199,21 +202,23 @@ def exact_products(q: Tensor) -> Any:
 class _Work:
     """Memory for blocks, taken once for a pass."""
 
-    def __init__(self, like: Tensor):
-        self.like, self.buffers = like, {}
+    def __init__(self, like: Tensor, dtype: torch.dtype):
+        self.like, self.dtype = like, dtype
+        self.buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[name] = self.like.new_empty(size)
+            buffer = self.buffers[name] = self.like.new_empty(size, dtype=self.dtype)
         return buffer[:size].view(shape)
 
 
-def _rows_of(x: Tensor, at: int, count: int, repeats: int, length: int, rows: tuple[int, int]) -> Tensor:
-    """View (or copy) slots as `[n * G, R * rows, D]`."""
-    block = x[at : at + count * repeats * length].view(count, repeats, length, -1)[:, :, rows[0] : rows[1]]
-    return block.reshape(count, repeats * (rows[1] - rows[0]), -1)
+def _rows_of(x: Tensor, repeats: int, rows: tuple[int, int]) -> Tensor:
+    """Give some rows of `[n * G, R * L, D]` as `[n * G, R * rows, D]`; a view where possible."""
+    if rows == (0, x.shape[1] // repeats):
+        return x
+    return x.unflatten(1, (repeats, -1))[:, :, rows[0] : rows[1]].flatten(1, 2)
 
 
 def _make_scores(
@@ -238,59 +243,80 @@ def _softmax(call: Call, scores: Tensor, bucket: Bucket) -> Tensor:
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Give `out` of q's shape, and the log of the softmax's denominator by slots where somebody needs it."""
+    """Give `out` of q's shape, and the log of the softmax's denominator `[..., H, 1]` where somebody needs it."""
     plan, dtype = call.plan, torch.promote_types(q.dtype, torch.float32)
-    q_slots, k_slots, v_slots = plan.q.spread(q, dtype), plan.kv.spread(k, dtype), plan.kv.spread(v, dtype)
-    out_slots = _empty_slots(q_slots, v.shape[-1])
-    several = any(len(keys) > 1 for bucket in plan.buckets for *_, keys in call.blocks(bucket))
-    lse_slots = q_slots.new_full((len(q_slots) + 1, 1), -torch.inf) if several or call.return_lse else None
-    dropout, work, repeats = call.dropout(), _Work(q_slots), call.heads // call.groups
+    out, slots = plan.q.begin(q, v.shape[-1], q.dtype)
+    lse = lse_slots = None
+    if call.return_lse or call.several():
+        lse, lse_slots = plan.q.begin(q, 1, dtype, -torch.inf)
+    dropout, work, repeats = call.dropout(), _Work(q, dtype), call.heads // call.groups
     for bucket in plan.buckets:
-        count = len(bucket.members) * call.groups
-        k_all = k_slots[bucket.k_at :][: count * bucket.size].view(count, bucket.size, -1)
-        v_all = v_slots[bucket.k_at :][: count * bucket.size].view(count, bucket.size, -1)
+        q_all = bucket.q.take(q, call.groups, dtype)
+        k_all, v_all = bucket.k.take(k, call.groups, dtype), bucket.k.take(v, call.groups, dtype)
+        shape = (len(q_all), repeats, bucket.q.length)
+        out_all = work("out", *shape, v.shape[-1])
+        lse_all = None if lse is None else work("lse", *shape, 1)
         if call.leaves_gaps(bucket):
-            out_slots[bucket.q_at :][: count * repeats * bucket.length] = 0
+            out_all.zero_()
+            if lse_all is not None:
+                lse_all.fill_(-torch.inf)
         for first, last, blocks in call.blocks(bucket):
             rows = (first, last)
-            q_block = _rows_of(q_slots, bucket.q_at, count, repeats, bucket.length, rows)
-            total: Tensor | None = None
-            highest = denominator = q_block  # of the blocks so far
-            for keys in blocks:
-                scores = work("scores", count, q_block.shape[1], keys[1] - keys[0])
-                _make_scores(call, scores, q_block, k_all[:, slice(*keys)], bucket, rows, keys)
-                if len(blocks) == 1:
-                    lse = scores.logsumexp(-1, keepdim=True) if lse_slots is not None else None
-                    weights = _softmax(call, scores, bucket)
-                else:
-                    top = scores.amax(-1, keepdim=True)
-                    high = top if total is None else torch.maximum(top, highest)
-                    safe = high.masked_fill(high == -torch.inf, 0)
-                    weights = scores.sub_(safe).exp_()
-                    mass = weights.sum(-1, keepdim=True)
-                    if total is not None:
-                        shrink = (highest - safe).exp_()
-                        mass, total = mass + denominator * shrink, total.mul_(shrink)
-                    highest, denominator = high, mass
-                scale = 1.0
-                if dropout is not None:
-                    view = weights.view(-1, call.heads, last - first, keys[1] - keys[0])
-                    view.mul_(dropout.keep(view, bucket, rows, keys))
-                    scale = 1 / (1 - dropout.probability)
-                values = v_all[:, slice(*keys)]
-                if total is None:
-                    total = torch.baddbmm(q_slots.new_empty(()), weights, values, beta=0, alpha=scale)
-                else:
-                    total.baddbmm_(weights, values, alpha=scale)
-            if len(blocks) > 1:
-                total.div_(denominator.masked_fill(denominator == 0, 1))
-                lse = highest + denominator.log()
-            target = out_slots[bucket.q_at :][: count * repeats * bucket.length].view(count, repeats, bucket.length, -1)
-            target[:, :, first:last] = total.view(count, repeats, last - first, -1)
-            if lse_slots is not None:
-                line = lse_slots[bucket.q_at :][: count * repeats * bucket.length]
-                line.view(count, repeats, bucket.length)[:, :, first:last] = lse.view(count, repeats, -1)
-    return plan.q.gather(out_slots, q), lse_slots
+            total, lse_rows = _attend_rows(call, _rows_of(q_all, repeats, rows), k_all, v_all, bucket, rows, blocks,
+                                           lse is not None, dropout, work)  # fmt: skip
+            out_all[:, :, first:last] = total.view(len(q_all), repeats, last - first, -1)
+            if lse_all is not None and lse_rows is not None:
+                lse_all[:, :, first:last] = lse_rows.view(len(q_all), repeats, last - first, 1)
+        bucket.q.put(out, slots, out_all)
+        if lse is not None and lse_all is not None:
+            bucket.q.put(lse, lse_slots, lse_all)
+    return plan.q.finish(out, slots, q), None if lse is None else plan.q.finish(lse, lse_slots, q)
+
+
+def _attend_rows(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bucket: Bucket,
+    rows: tuple[int, int],
+    blocks: list[tuple[int, int]],
+    wants_lse: bool,
+    dropout: _Dropout | None,
+    work: _Work,
+) -> tuple[Tensor, Tensor | None]:
+    """Let some rows `[n * G, R * rows, D]` attend to all their keys: their output, and lse."""
+    total = lse = None
+    highest = denominator = q  # of the blocks so far
+    for keys in blocks:
+        scores = work("scores", len(q), q.shape[1], keys[1] - keys[0])
+        _make_scores(call, scores, q, k[:, slice(*keys)], bucket, rows, keys)
+        if len(blocks) == 1:
+            lse = scores.logsumexp(-1, keepdim=True) if wants_lse else None
+            weights = _softmax(call, scores, bucket)
+        else:
+            high = scores.amax(-1, keepdim=True)
+            high = high if total is None else torch.maximum(high, highest)
+            safe = high.masked_fill(high == -torch.inf, 0)
+            weights = scores.sub_(safe).exp_()
+            mass = weights.sum(-1, keepdim=True)
+            if total is not None:
+                shrink = (highest - safe).exp_()
+                mass, total = mass + denominator * shrink, total.mul_(shrink)
+            highest, denominator = high, mass
+        scale = 1.0
+        if dropout is not None:
+            view = weights.view(-1, call.heads, rows[1] - rows[0], keys[1] - keys[0])
+            view.mul_(dropout.keep(view, bucket, rows, keys))
+            scale = 1 / (1 - dropout.probability)
+        if total is None:
+            total = torch.baddbmm(q.new_empty(()), weights, v[:, slice(*keys)], beta=0, alpha=scale)
+        else:
+            total.baddbmm_(weights, v[:, slice(*keys)], alpha=scale)
+    if len(blocks) > 1:
+        total = total.div_(denominator.masked_fill(denominator == 0, 1))
+        lse = highest + denominator.log()
+    return total, lse
 
 
 def backward(
@@ -298,96 +324,107 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse_slots: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
     d_out: Tensor,
     d_lse: Tensor | None,
     wants_diagonals: bool,
     wants_dense: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Give the gradients of q, k, v, the diagonals and the dense bias (flash attention 2; Dao 2023, algorithm 2)."""
-    plan, dtype = call.plan, torch.promote_types(q.dtype, torch.float32)
-    q_slots, k_slots, v_slots = plan.q.spread(q, dtype), plan.kv.spread(k, dtype), plan.kv.spread(v, dtype)
-    do_slots = plan.q.spread(d_out, dtype)
-    dq_slots = _empty_slots(q_slots, q.shape[-1])
-    dk_slots, dv_slots = _empty_slots(k_slots, k.shape[-1]), _empty_slots(k_slots, v.shape[-1])
+    plan, dtype, repeats = call.plan, torch.promote_types(q.dtype, torch.float32), call.heads // call.groups
+    sides = ((plan.q, q), (plan.kv, k), (plan.kv, v))
+    made = [side.begin(x, x.shape[-1], x.dtype) for side, x in sides]
     d_diagonals = torch.zeros_like(call.diagonals) if wants_diagonals and call.diagonals is not None else None
     d_dense = torch.zeros_like(call.dense, dtype=dtype) if wants_dense and call.dense is not None else None
-    out_slots = plan.q.spread(out, dtype) if lse_slots is not None else None
-    dl_slots = None if d_lse is None else plan.q.spread(d_lse.unsqueeze(-1), dtype)
-    dropout, work, repeats = call.dropout(), _Work(q_slots), call.heads // call.groups
-    if dropout is not None:
-        do_slots = do_slots / (1 - dropout.probability)
-        out_slots = None if out_slots is None else out_slots * (1 - dropout.probability)
+    dropout, work = call.dropout(), _Work(q, dtype)
     for bucket in plan.buckets:
-        count = len(bucket.members) * call.groups
-        span = slice(bucket.k_at, bucket.k_at + count * bucket.size)
-        k_all, v_all, dk_all, dv_all = (
-            x[span].view(count, bucket.size, -1) for x in (k_slots, v_slots, dk_slots, dv_slots)
-        )
-        if bucket.row_padding is not None:
-            whole = do_slots[bucket.q_at :][: count * repeats * bucket.length]
-            whole.view(len(bucket.members), call.heads, bucket.length, -1).masked_fill_(bucket.row_padding, 0)
+        wide = {"q": q, "do": d_out, "o": out if lse is not None else None, "l": lse, "dl": d_lse}
+        queries = {name: bucket.q.take(x, call.groups, dtype) for name, x in wide.items() if x is not None}
+        k_all, v_all = bucket.k.take(k, call.groups, dtype), bucket.k.take(v, call.groups, dtype)
+        if dropout is not None:
+            queries["do"] = queries["do"] / (1 - dropout.probability)
+            if "o" in queries:
+                queries["o"] = queries["o"] * (1 - dropout.probability)
+        if bucket.q.padding is not None:
+            by_row = queries["do"].view(bucket.q.count, call.heads, bucket.q.length, -1)
+            by_row.masked_fill_(bucket.q.padding[:, None, :, None], 0)
         blocks_of_rows = list(call.blocks(bucket))
-        once = len(blocks_of_rows) == 1 and blocks_of_rows[0][2] == [(0, bucket.size)]
+        once = len(blocks_of_rows) == 1 and blocks_of_rows[0][2] == [(0, bucket.k.length)]
+        dq = work("dq", len(k_all), repeats, bucket.q.length, q.shape[-1])
+        dk, dv = work("dk", *k_all.shape), work("dv", *v_all.shape)
         if not once:
-            dk_all.zero_()
-            dv_all.zero_()
+            dk.zero_()
+            dv.zero_()
         if call.leaves_gaps(bucket):
-            dq_slots[bucket.q_at :][: count * repeats * bucket.length] = 0
+            dq.zero_()
         for first, last, blocks in blocks_of_rows:
             rows = (first, last)
-            pieces = {"q": q_slots, "do": do_slots, "o": out_slots, "l": lse_slots, "dl": dl_slots}
-            piece = {
-                name: _rows_of(x, bucket.q_at, count, repeats, bucket.length, rows)
-                for name, x in pieces.items()
-                if x is not None
-            }
-            dq = None
+            piece = {name: _rows_of(x, repeats, rows) for name, x in queries.items()}
+            dq_rows = None
             for keys in blocks:
-                k_block, v_block = k_all[:, slice(*keys)], v_all[:, slice(*keys)]
-                weights = work("scores", count, piece["q"].shape[1], keys[1] - keys[0])
-                bent = _make_scores(call, weights, piece["q"], k_block, bucket, rows, keys)
-                if len(blocks) == 1:
-                    weights = _softmax(call, weights, bucket)
-                else:  # an empty row's -inf becomes +inf, so that its weights are 0
-                    weights.sub_(piece["l"].masked_fill(piece["l"] == -torch.inf, torch.inf)).exp_()
-                shape = (-1, call.heads, last - first, keys[1] - keys[0])
-                d_weights = work("gradients", *weights.shape)
-                torch.bmm(piece["do"], v_block.transpose(1, 2), out=d_weights)
-                kept = weights
-                if dropout is not None:
-                    mask = dropout.keep(weights.view(shape), bucket, rows, keys)
-                    d_weights.view(shape).mul_(mask)
-                    kept = weights.view(shape).mul(mask).view_as(weights)
-                _add_product(dv_all[:, slice(*keys)], kept.transpose(1, 2), piece["do"], 1.0, once)
-                if len(blocks) == 1:
-                    d_scores = d_weights
-                    torch.ops.aten._softmax_backward_data.out(
-                        d_weights, weights, -1, weights.dtype, grad_input=d_scores
-                    )
-                else:
-                    delta = (piece["do"] * piece["o"]).sum(-1, keepdim=True)
-                    d_scores = d_weights.sub_(delta).mul_(weights)
-                if dl_slots is not None:
-                    known = piece["dl"].masked_fill(piece["l"] == -torch.inf, 0)
-                    d_scores.addcmul_(weights, known)
-                view = d_scores.view(shape)
+                part = slice(*keys)
+                weights, d_scores, kept, bent = _score_gradients(
+                    call, piece, k_all[:, part], v_all[:, part], bucket, rows, keys, len(blocks) == 1, dropout, work
+                )
+                _add_product(dv[:, part], kept.transpose(1, 2), piece["do"], 1.0, once)
+                view = d_scores.view(-1, call.heads, last - first, keys[1] - keys[0])
                 if d_diagonals is not None:
                     where = call.diagonal_range(bucket, rows, keys)
-                    d_diagonals[:, where] += _sum_diagonals(view.sum(0), call.diagonals.shape[0])
+                    d_diagonals[:, where] += _sum_diagonals(view.sum(0), d_diagonals.shape[0])
                 if d_dense is not None:
                     call.add_dense_gradient(d_dense, view, bucket, rows, keys)
                 if bent is not None:
                     d_scores.addcmul_(d_scores, bent.square_(), value=-1)
-                _add_product(dk_all[:, slice(*keys)], d_scores.transpose(1, 2), piece["q"], call.scale, once)
-                if dq is None:
-                    dq = torch.baddbmm(q_slots.new_empty(()), d_scores, k_block, beta=0, alpha=call.scale)
+                _add_product(dk[:, part], d_scores.transpose(1, 2), piece["q"], call.scale, once)
+                if dq_rows is None:
+                    dq_rows = torch.baddbmm(k_all.new_empty(()), d_scores, k_all[:, part], beta=0, alpha=call.scale)
                 else:
-                    dq.baddbmm_(d_scores, k_block, alpha=call.scale)
-            target = dq_slots[bucket.q_at :][: count * repeats * bucket.length].view(count, repeats, bucket.length, -1)
-            target[:, :, first:last] = dq.view(count, repeats, last - first, -1)
-    return plan.q.gather(dq_slots, q), plan.kv.gather(dk_slots, k), plan.kv.gather(dv_slots, v), d_diagonals, d_dense
+                    dq_rows.baddbmm_(d_scores, k_all[:, part], alpha=call.scale)
+            dq[:, :, first:last] = dq_rows.view(len(k_all), repeats, last - first, -1)
+        for side, (grad, slots), block in ((bucket.q, made[0], dq), (bucket.k, made[1], dk), (bucket.k, made[2], dv)):
+            side.put(grad, slots, block)
+    dq, dk, dv = (side.finish(*parts, x) for (side, x), parts in zip(sides, made, strict=True))
+    return dq, dk, dv, d_diagonals, d_dense
+
+
+def _score_gradients(
+    call: Call,
+    piece: dict[str, Tensor],
+    k: Tensor,
+    v: Tensor,
+    bucket: Bucket,
+    rows: tuple[int, int],
+    keys: tuple[int, int],
+    alone: bool,
+    dropout: _Dropout | None,
+    work: _Work,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Make a block of weights again: it, the gradient of its biased scores, it after dropout, tanh of the softcap.
+
+    `alone`: the block holds all keys of its rows. All are `[n * G, R * rows, keys]`.
+    """
+    weights = work("scores", len(k), piece["q"].shape[1], keys[1] - keys[0])
+    bent = _make_scores(call, weights, piece["q"], k, bucket, rows, keys)
+    if alone:
+        weights = _softmax(call, weights, bucket)
+    else:  # an empty row's -inf becomes +inf, so that its weights are 0
+        weights.sub_(piece["l"].masked_fill(piece["l"] == -torch.inf, torch.inf)).exp_()
+    d_weights = work("gradients", *weights.shape)
+    torch.bmm(piece["do"], v.transpose(1, 2), out=d_weights)
+    kept = weights
+    if dropout is not None:
+        shape = (-1, call.heads, rows[1] - rows[0], keys[1] - keys[0])
+        mask = dropout.keep(weights.view(shape), bucket, rows, keys)
+        d_weights.view(shape).mul_(mask)
+        kept = weights.view(shape).mul(mask).view_as(weights)
+    if alone:
+        torch.ops.aten._softmax_backward_data.out(d_weights, weights, -1, weights.dtype, grad_input=d_weights)
+    else:
+        d_weights.sub_((piece["do"] * piece["o"]).sum(-1, keepdim=True)).mul_(weights)
+    if "dl" in piece:
+        d_weights.addcmul_(weights, piece["dl"].masked_fill(piece["l"] == -torch.inf, 0))
+    return weights, d_weights, kept, bent
 
 
 def _sum_diagonals(x: Tensor, heads: int) -> Tensor:
@@ -397,13 +434,6 @@ def _sum_diagonals(x: Tensor, heads: int) -> Tensor:
     count, rows, keys = x.shape
     skewed = torch.nn.functional.pad(x.flip(1), (0, rows)).flatten(1)[:, : rows * (rows + keys - 1)]
     return skewed.view(count, rows, rows + keys - 1).sum(1)
-
-
-def _empty_slots(like: Tensor, width: int) -> Tensor:
-    """Slots `[slots + 1, width]` to be written; the last one, which padding reads, holds zeros."""
-    slots = like.new_empty(len(like) + 1, width)
-    slots[-1] = 0
-    return slots
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float, fresh: bool) -> None:
@@ -440,17 +470,18 @@ class _BlockwiseAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         call = replace(call, diagonals=diagonals, dense=dense)
         with torch.autocast(q.device.type, enabled=False), exact_products(q):
-            out, lse_slots = forward(call, q, k, v)
-        ctx.save_for_backward(q, k, v, diagonals, dense, out if lse_slots is not None else None, lse_slots)
-        ctx.call = call = replace(call, diagonals=None, dense=None)
-        return out, call.plan.q.gather(lse_slots, like=q, keep_dtype=True)[..., 0] if call.return_lse else None
+            out, lse = forward(call, q, k, v)
+        ctx.save_for_backward(q, k, v, diagonals, dense, None if lse is None else out, lse)
+        ctx.call = replace(call, diagonals=None, dense=None)
+        return out, lse[..., 0] if call.return_lse and lse is not None else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, diagonals, dense, out, lse_slots = ctx.saved_tensors
+        q, k, v, diagonals, dense, out, lse = ctx.saved_tensors
         call = replace(ctx.call, diagonals=diagonals, dense=dense)
+        d_lse = None if grads[1] is None else grads[1].unsqueeze(-1)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False), exact_products(q):
-            gradients = backward(call, q, k, v, out, lse_slots, grads[0], grads[1], *ctx.needs_input_grad[3:5])
+            gradients = backward(call, q, k, v, out, lse, grads[0], d_lse, *ctx.needs_input_grad[3:5])
         return (*_refuse_second(gradients), None)
 
 

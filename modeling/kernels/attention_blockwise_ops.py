@@ -68,8 +68,8 @@ def attention_blockwise_op(
     places = (q_mask, q_cu, kv_mask, kv_cu)
     call = _call_of(q, k, diagonals, *places, causal, left, right, softcap, scale, dropout_p, seed, biased)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False), exact_products(q):
-        out, lse_slots = forward(replace(call, diagonals=diagonals, dense=dense), q, k, v)
-        return out, call.plan.q.gather(lse_slots, like=q, keep_dtype=True)[..., 0]
+        out, lse = forward(replace(call, diagonals=diagonals, dense=dense), q, k, v)
+        return out, lse[..., 0]
 
 
 @torch.library.custom_op("urform::attention_blockwise_backward", mutates_args=())
@@ -99,9 +99,9 @@ def _backward_op(
     places = (q_mask, q_cu, kv_mask, kv_cu)
     call = _call_of(q, k, diagonals, *places, causal, left, right, softcap, scale, dropout_p, seed, biased)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False), exact_products(q):
-        lse_slots = call.plan.q.spread(lse.unsqueeze(-1), lse.dtype)
-        call = replace(call, diagonals=diagonals, dense=dense)
-        *grads, d_diagonals, d_dense = backward(call, q, k, v, out, lse_slots, d_out, d_lse, biased, dense is not None)
+        call, d_lse = replace(call, diagonals=diagonals, dense=dense), d_lse.unsqueeze(-1)
+        wanted = (biased, dense is not None)
+        *grads, d_diagonals, d_dense = backward(call, q, k, v, out, lse.unsqueeze(-1), d_out, d_lse, *wanted)
     extra = (x if x is not None else q.new_empty(0) for x in (d_diagonals, d_dense))
     return (*grads, *extra)  # type: ignore[return-value]
 

@@ -200,7 +200,9 @@ def _preference(q: Tensor, q_layout: Layout, kv_layout: Layout, needed: set[str]
         long = False
     if "packed" in needed and "causal" in needed and q_layout.known_sizes != kv_layout.known_sizes:
         long = False  # sdpa would need a mask of L x S
-    plain = not trains and not needed & {"packed", "mixed"}  # one call, where the others have Python to run
+    square = q_layout.mask is kv_layout.mask is None and q_layout.length == kv_layout.length
+    maskless = "window" not in needed and ("causal" not in needed or q_layout.length == 1 or square)
+    plain = not trains and maskless and not needed & {"packed", "mixed"}  # one call, where the others run Python
     return ["sdpa", "blockwise", "reference"] if long or plain else ["blockwise", "sdpa", "reference"]
 
 

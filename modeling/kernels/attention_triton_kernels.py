@@ -35,17 +35,18 @@ GOLDEN = tl.constexpr(0x9E3779B9 - (1 << 32))
 MIX_A = tl.constexpr(0x85EBCA6B - (1 << 32))
 MIX_B = tl.constexpr(0xC2B2AE35 - (1 << 32))
 
-#: Integers whose values change with lengths or windows: no compilation may depend on them.
+#: What changes with lengths or windows: integers, and pointers whose alignment does. No compilation depends on them.
 UNSPECIALIZED = [
     "stride_qn", "stride_qh", "stride_kn", "stride_kh", "stride_vn", "stride_vh", "stride_on", "stride_oh",
     "stride_gn", "stride_gh", "stride_bias_batch", "stride_bias_head", "stride_bias_row", "stride_bias_column",
     "tokens_q", "tiles", "heads", "batch", "left", "right", "reach", "threshold", "ds_rows", "ds_columns",
-    "low_diagonal", "diagonals", "splits",
+    "low_diagonal", "diagonals", "splits", "StartsQ", "LengthsQ", "StartsK", "LengthsK", "MapQ", "MapK", "Seed",
+    "Top", "Total", "GradLse",
 ]  # fmt: skip
 
 
 def jit(function):
-    """Compile without specialising on the integers above."""
+    """Compile without specialising on the arguments above."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return triton.jit(function, do_not_specialize=[name for name in UNSPECIALIZED if name in names])
 
