@@ -323,7 +323,7 @@ _decode.register_vmap(_refuse_vmap)
 
 
 def decode_launch(dtype: torch.dtype, dim: int, v_dim: int, rows: int) -> dict[str, int]:
-    """Give block sizes, warps and stages: 32 KB of keys and values at a time, which fits every chip twice.
+    """Give block sizes, warps and stages: 32 KB of keys and values at a time, which fits every chip, and 4096 scores.
 
     Args:
         dtype: of q, k and v.
@@ -332,9 +332,10 @@ def decode_launch(dtype: torch.dtype, dim: int, v_dim: int, rows: int) -> dict[s
         rows: rows to serve for a sequence and key/value head, group * max_q.
     """
     width, v_width = (max(16, 1 << (d - 1).bit_length()) for d in (dim, v_dim))
-    keys = 32768 // ((width + v_width) * dtype.itemsize)
+    block_m = min(max(16, 1 << (rows - 1).bit_length()), 64 if max(width, v_width) <= 128 else 32)
+    keys = min(32768 // ((width + v_width) * dtype.itemsize), 4096 // block_m)
     return {
-        "BLOCK_M": min(max(16, 1 << (rows - 1).bit_length()), 64 if max(width, v_width) <= 128 else 32),
+        "BLOCK_M": block_m,
         "BLOCK_N": min(max(16, 1 << (keys.bit_length() - 1)), 128),
         "BLOCK_D": width,
         "BLOCK_DV": v_width,
