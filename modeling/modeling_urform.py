@@ -56,6 +56,16 @@ def shift_right(ids: Tensor, start: int, pad: int, mask: Tensor | None = None) -
     return shifted.masked_fill(shifted == -100, pad)
 
 
+def real_targets(labels: Tensor, given: bool) -> Tensor:
+    """Which target tokens are real, `[B, L]`: none behind a row's last label, for no loss depends on what comes there.
+
+    Unless the decoder's input is `given` beside the labels, none before a row's first label either: left padding.
+    """
+    labelled = labels != -100
+    real = labelled.flip(-1).cummax(-1).values.flip(-1)
+    return (real if given else real & labelled.cummax(-1).values).long()
+
+
 def start_and_pad(config: UrformConfig) -> tuple[int, int]:
     """`decoder_start_token_id` and `pad_token_id`, which teacher forcing needs."""
     for name in ("decoder_start_token_id", "pad_token_id"):
@@ -302,11 +312,12 @@ class UrformLanguageModel(UrformPreTrainedModel):
         if skip_logits is None:
             skip_logits = self.training and torch.is_grad_enabled()
         extra = label_smoothing != 0.0 or z_loss != 0.0
-        if not self._can_fuse(hidden, logits_to_keep, kwargs):
+        asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or kwargs.get("shift_labels") is not None
+        if asked or not self.fuses_loss() or self.lm_head.weight.device != hidden.device:
             if extra:
                 raise ValueError(
-                    f"label_smoothing={label_smoothing} and z_loss={z_loss} need the fused loss, but lm_head is wrapped, "
-                    "loss_function is set, or logits_to_keep or shift_labels is given; drop one of them"
+                    f"label_smoothing={label_smoothing} and z_loss={z_loss} need the fused loss, but lm_head is wrapped or "
+                    "hooked, loss_function is set, or logits_to_keep or shift_labels is given; drop one of them"
                 )
             skip_logits = False
         elif skip_logits or extra:
@@ -315,14 +326,12 @@ class UrformLanguageModel(UrformPreTrainedModel):
         logits = self.project(hidden, logits_to_keep)
         return self.loss_function(logits, labels, self.config.vocab_size, **kwargs), logits
 
-    def _can_fuse(self, hidden: Tensor, logits_to_keep: int | Tensor, kwargs: dict[str, Any]) -> bool:
+    def fuses_loss(self) -> bool:
         """Whether hidden states may meet the projection's weight outside of `lm_head` (no adapter, shard or hook)."""
         head = self.lm_head
         plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(self, "_loss_function")
         hooked = bool(head._forward_hooks or head._forward_pre_hooks) or hasattr(head, "_hf_hook")
-        whole = plain and head.weight.shape[0] == self.config.vocab_size and head.weight.device == hidden.device
-        asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or kwargs.get("shift_labels") is not None
-        return whole and not hooked and not asked
+        return plain and not hooked and head.weight.shape[0] == self.config.vocab_size
 
     def _fused_loss(
         self,
@@ -412,9 +421,10 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         """
         if labels is not None:
             use_cache = False
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                if decoder_attention_mask is None:  # labels padded on the left: what stands there is no target
-                    decoder_attention_mask = (labels != -100).cummax(-1).values.long()
+            given = decoder_input_ids is not None or decoder_inputs_embeds is not None
+            if decoder_attention_mask is None and (self.training or not given) and kwargs.get("cu_seq_lens_q") is None:
+                decoder_attention_mask = real_targets(labels, given)
+            if not given:
                 decoder_input_ids = shift_right(labels, *start_and_pad(self.config), decoder_attention_mask)
         outputs = self.model(
             input_ids=input_ids,

@@ -3,8 +3,9 @@
 `UrformTrainer` adds, and changes nothing else:
 
 * global batches by a token budget (or by examples), the same on one process and on many: `batching.py`;
-* a label-smoothed loss that is a sum over tokens divided by the number of tokens of the whole update
-  (`SmoothedCrossEntropy`), on every process and under gradient accumulation;
+* a label-smoothed loss that is a sum over tokens divided by the number of tokens of the whole update, on every process
+  and under gradient accumulation: Urform's language models compute it themselves, without logits, others get
+  `SmoothedCrossEntropy`;
 * checkpoints that are complete or do not count: a manifest with the size of every file is written last, a failed save
   removes what it wrote and leaves the previous checkpoints alone, and `last_complete_checkpoint` skips torn ones;
 * `config.use_cache` as the user set it: Trainer turns it off for training and would save that into every checkpoint.
@@ -38,8 +39,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..modeling.modeling_urform import UrformLanguageModel
 from .batching import GlobalBatchSampler
 
 __all__ = [
@@ -249,8 +252,9 @@ class UrformTrainer(Seq2SeqTrainer):
         tokens_per_batch: Budget of a global batch in padded tokens, source plus target; None uses
             `per_device_train_batch_size` examples per process.
         pool_batches: See `GlobalBatchSampler`.
-        **kwargs: As for `Seq2SeqTrainer`. With `label_smoothing_factor` the loss is `SmoothedCrossEntropy`. The
-            training dataset has a `lengths` attribute (see `EncodedDataset`), else Trainer's own sampling is used.
+        **kwargs: As for `Seq2SeqTrainer`. With `label_smoothing_factor` Urform's language models smooth their own loss,
+            and other models' is `SmoothedCrossEntropy`; evaluation is not smoothed. The training dataset has a
+            `lengths` attribute (see `EncodedDataset`), else Trainer's own sampling is used.
     """
 
     def __init__(self, *, tokens_per_batch: int | None = None, pool_batches: int = 4, **kwargs: Any) -> None:
@@ -258,15 +262,33 @@ class UrformTrainer(Seq2SeqTrainer):
         if not isinstance(args, Seq2SeqTrainingArguments):
             raise ValueError(f"args must be Seq2SeqTrainingArguments, got {type(args).__name__}")
         self._use_cache = getattr(model.config, "use_cache", None)
-        if args.label_smoothing_factor and kwargs.get("compute_loss_func") is None:
-            is_causal = not model.config.is_encoder_decoder and "CausalLM" in type(model).__name__
-            kwargs["compute_loss_func"] = SmoothedCrossEntropy(args.label_smoothing_factor, shift=is_causal)
         super().__init__(**kwargs)
-        if args.label_smoothing_factor and not model.config.is_encoder_decoder:
-            # The labels do not reach the model, so Trainer cannot know from its loss that they are shifted.
-            self._loss_shifts_labels = is_causal
+        self._model_smooths = False
+        if args.label_smoothing_factor and self.compute_loss_func is None:
+            self._smooth(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self.tokens_per_batch = tokens_per_batch
         self.pool_batches = pool_batches
+
+    def _smooth(self, model: nn.Module) -> None:
+        """Settle who smooths the loss; `model` is bare of adapters' wrappers."""
+        self.label_smoother = None
+        # What splits or replicates parameters takes `lm_head.weight` away from the model's fused loss.
+        whole = self.args.n_gpu <= 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        self._model_smooths = isinstance(model, UrformLanguageModel) and whole and model.fuses_loss()
+        if self._model_smooths:
+            return
+        name = type(model).__name__
+        is_causal = "CausalLM" in name or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        is_causal = is_causal and not model.config.is_encoder_decoder
+        self.compute_loss_func = SmoothedCrossEntropy(self.args.label_smoothing_factor, shift=is_causal)
+        # The labels do not reach the model, so Trainer cannot know from its loss that they are shifted.
+        self._loss_shifts_labels = is_causal
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.compute_loss`; a model that smooths its own loss is told to, in training."""
+        if self._model_smooths and torch.is_grad_enabled() and "labels" in inputs:
+            inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """Global batches dealt to the processes by accelerate."""
