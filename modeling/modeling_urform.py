@@ -316,8 +316,8 @@ class UrformLanguageModel(UrformPreTrainedModel):
         if asked or not self.fuses_loss() or self.lm_head.weight.device != hidden.device:
             if extra:
                 raise ValueError(
-                    f"label_smoothing={label_smoothing} and z_loss={z_loss} need the fused loss, but lm_head is wrapped or "
-                    "hooked, loss_function is set, or logits_to_keep or shift_labels is given; drop one of them"
+                    f"label_smoothing={label_smoothing} and z_loss={z_loss} need the fused loss, but lm_head is wrapped"
+                    " or hooked, loss_function is set, or logits_to_keep or shift_labels is given; drop one of them"
                 )
             skip_logits = False
         elif skip_logits or extra:

@@ -21,9 +21,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainingArguments, TrainerCallback
 
-import urform  # noqa: F401 (registers the Auto classes)
+import urform
 from urform.training import run as run_module
 from urform.training.averaging import average_checkpoints, last_checkpoints
 from urform.training.batching import GlobalBatchSampler, padding_share
@@ -36,6 +36,7 @@ from urform.training.trainer import (
     CheckpointError,
     SmoothedCrossEntropy,
     TrainingInterruptedError,
+    UrformTrainer,
     complete_checkpoints,
     last_complete_checkpoint,
 )
@@ -292,6 +293,80 @@ def test_evaluation_loss_is_not_smoothed() -> None:
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
     half = SmoothedCrossEntropy(0.1)((logits.bfloat16(),), labels)
     torch.testing.assert_close(half, SmoothedCrossEntropy(0.1)((logits.bfloat16().float(),), labels))
+
+
+def lm_batch(head: str) -> dict[str, torch.Tensor]:
+    """Three rows, padded on the right, with labels as the collators make them."""
+    ids = torch.randint(3, 99, (3, 8))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    if head == "UrformForMaskedLM":
+        labels[:, ::2] = -100
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("head", ["UrformForConditionalGeneration", "UrformForCausalLM", "UrformForMaskedLM"])
+@pytest.mark.parametrize("adapter", [None, "q_proj", "lm_head"])
+def test_urforms_heads_smooth_their_loss(tmp_path: Path, head: str, adapter: str | None) -> None:
+    """What the trainer asks of the model is `SmoothedCrossEntropy` of its logits; with an adapter on lm_head it is."""
+    kind = {"UrformForCausalLM": "decoder", "UrformForMaskedLM": "encoder"}.get(head, "encoder-decoder")
+    model = getattr(urform, head)(urform.UrformConfig.from_preset(f"tiny-{kind}", tie_word_embeddings=False))
+    if adapter is not None:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=[adapter], init_lora_weights=False))
+    arguments = Seq2SeqTrainingArguments(str(tmp_path), label_smoothing_factor=0.2, report_to=[], use_cpu=True)
+    trainer = UrformTrainer(model=model, args=arguments)
+    by_model = adapter != "lm_head"
+    assert trainer.label_smoother is None and (trainer.compute_loss_func is None) == by_model
+    inputs, causal = lm_batch(head), head == "UrformForCausalLM"
+    if kind == "encoder-decoder":  # as DataCollatorForSeq2Seq does it
+        base = model if adapter is None else model.get_base_model()
+        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    counted = trainer._get_num_items_in_batch([inputs, inputs], torch.device("cpu"))
+    assert counted == 2 * (inputs["labels"][:, int(causal) :] != -100).sum()
+
+    model.train()
+    loss, outputs = trainer.compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=counted)
+    assert (outputs.logits is None) == by_model
+    loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    logits = model(**inputs, skip_logits=False).logits
+    want = SmoothedCrossEntropy(0.2, shift=causal)((logits,), inputs["labels"], counted)
+    want.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, gradients(model), rtol=1e-4, atol=1e-7)
+
+    model.eval()
+    with torch.no_grad():
+        plain = trainer.compute_loss(model, dict(inputs), num_items_in_batch=counted)
+        want = SmoothedCrossEntropy(0.2, shift=causal)((model(**inputs).logits,), inputs["labels"], counted)
+    torch.testing.assert_close(plain, want, rtol=1e-6, atol=0)
+
+
+def test_a_loss_function_of_ones_own_and_other_models(tmp_path: Path) -> None:
+    """A `compute_loss_func` stays; models of the library get `SmoothedCrossEntropy`, shifted for a causal one."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    arguments = Seq2SeqTrainingArguments(str(tmp_path), label_smoothing_factor=0.2, report_to=[], use_cpu=True)
+    own = urform.UrformForCausalLM(urform.UrformConfig.from_preset("tiny-decoder"))
+    trainer = UrformTrainer(model=own, args=arguments, compute_loss_func=lambda outputs, labels, **_: labels.sum())
+    inputs = lm_batch("UrformForCausalLM")
+    assert trainer.compute_loss(own, dict(inputs)) == inputs["labels"].sum()
+
+    tokens = {"bos_token_id": 1, "eos_token_id": 2}
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=99, n_positions=16, **tokens)).eval()
+    trainer = UrformTrainer(model=model, args=arguments)
+    loss = trainer.compute_loss(model, dict(inputs))
+    logits, labels = model(**inputs).logits[:, :-1], inputs["labels"][:, 1:]
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.2)
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+    assert trainer._get_num_items_in_batch([inputs], torch.device("cpu")) == (labels != -100).sum()
 
 
 # --- encoding ----------------------------------------------------------------------------------------------------
