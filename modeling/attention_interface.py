@@ -36,6 +36,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .attention_masks import CompactMask, KnownMask, urform_mask
 from .kernels.attention_biases import Bias, DenseBias
+from .kernels.attention_direct import direct_attention, is_direct
 from .kernels.attention_dispatch import attention
 from .kernels.attention_layouts import Layout
 
@@ -198,6 +199,20 @@ def _attend(
 ) -> Tensor:
     """Call `attention()` on `[B, H, L, D]` as planned; give `[B, L, H, D]`."""
     batch, heads, length, _ = query.shape
+    q_layout, kv_layout = plan.q_layout, plan.kv_layout
+    if (
+        q_layout is not None
+        and kv_layout is not None
+        and position_bias is None
+        and plan.tokens is None
+        and plan.keys in (None, key.shape[2])
+        and query.dtype == key.dtype == value.dtype
+        and not (torch.is_grad_enabled() or options["dropout_p"] > 0)
+        and is_direct(query, q_layout, kv_layout, plain=True)
+    ):  # a decoding step: what attention() checks of users' tensors would cost as much as the attention itself
+        scale = query.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return direct_attention(q, k, v, q_layout, kv_layout, plan.causal, plan.window, None, options["softcap"], scale)
     if plan.keys is not None:
         key, value = key[:, :, : plan.keys], value[:, :, : plan.keys]
     bias = position_bias
@@ -288,9 +303,9 @@ def _plan_of_mask(
     if padding is None:
         kv_layout = q_layout if square else Layout.full(known.shape[0], known.keys, known.device)
     else:
-        kv_layout = Layout.padded(padding)
+        kv_layout = Layout.padded(padding, finite=True)  # a model's padding is finite where its weights are
         if causal:  # else it may be cross-attention, and nothing is known of the queries
-            q_layout = Layout.padded(padding[:, known.q_start :])
+            q_layout = Layout.padded(padding[:, known.q_start :], finite=True)
     return _Plan(causal, known.window, q_layout, kv_layout, known.keys)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
@@ -87,6 +88,19 @@ def find_packing(
     numbers = numbers if index is None else numbers[index]
     lengths = torch.bincount(numbers, minlength=int(in_row.sum()))
     return Packing(Layout.packed(nn.functional.pad(lengths.cumsum(0), (1, 0))), index, shape, in_row)
+
+
+_source_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def source_layout(states: Tensor, mask: Tensor | None) -> Layout:
+    """The layout of encoder states `[B, S, E]`; of one mask it is made once, for all the steps of a generation."""
+    if mask is None:
+        return Layout.full(states.shape[0], states.shape[1], states.device)
+    known = _source_layouts.get(mask)
+    if known is None or known[0] != mask._version:
+        known = _source_layouts[mask] = (mask._version, Layout.padded(mask.to(states.device).bool(), finite=True))
+    return known[1]
 
 
 def check_pairs(target: Packing, source: Packing) -> None:

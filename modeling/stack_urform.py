@@ -33,6 +33,7 @@ from ..configuration.configuration_urform import UrformConfig
 from .attention_interface import NAME as ATTENTION_NAME
 from .attention_interface import register_attention
 from .kernels.attention_biases import Bias
+from .kernels.attention_layouts import Layout
 from .kernels.dropout_bits import dropout
 from .layers_urform import (
     UrformAttention,
@@ -51,6 +52,7 @@ from .packing_urform import (
     find_positions,
     refuse_unpaired,
     same_document,
+    source_layout,
     takes_layouts,
 )
 
@@ -343,6 +345,9 @@ class UrformStack(UrformPreTrainedModel):
         encoder_hidden_states = None if cross is None else cross[0]
         masks: dict[str, Any] = {}
         biases: dict[str, Tensor | Bias] = {}
+        layouts = None
+        if packing is None:
+            layouts = self._cached_layouts(embeds, attention_mask, cache, documents, cross)
         if packing is not None:
             kwargs = {
                 key: value for key, value in kwargs.items() if not key.startswith(("cu_seq_lens_", "max_length_"))
@@ -353,6 +358,9 @@ class UrformStack(UrformPreTrainedModel):
             if source is not None:
                 kwargs["encoder_layout"] = source.layout
                 encoder_hidden_states = source.pack(encoder_hidden_states)
+        elif layouts is not None:
+            kwargs.update(layouts)
+            biases = self._biases(embeds, cache, past)
         else:
             masks = self._masks(embeds, attention_mask, cache, documents)
             biases = self._biases(embeds, cache, past)
@@ -377,6 +385,36 @@ class UrformStack(UrformPreTrainedModel):
             real = mask[:, -given.shape[1] :, None].to(hidden_states.device) != 0
             return hidden_states.masked_fill(~real, 0.0)  # as on the packed path
         return hidden_states
+
+    def _cached_layouts(
+        self,
+        embeds: Tensor,
+        attention_mask: Any,
+        cache: Cache | None,
+        documents: Tensor | None,
+        cross: tuple[Tensor, Tensor | None, Tensor | None] | None,
+    ) -> dict[str, Layout] | None:
+        """What a decoding step needs instead of masks, where a growing cache holds every key; else None."""
+        mask = attention_mask
+        if type(cache) is not DynamicCache or set(self.layer_types) != {"full_attention"} or documents is not None:
+            return None
+        if not takes_layouts(self.config) or is_tracing(embeds):
+            return None
+        (batch, length), keys = embeds.shape[:2], cache.get_seq_length() + embeds.shape[1]
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, keys)):
+            return None
+        if mask is None:
+            layouts = {"q_layout": Layout.full(batch, length, embeds.device)}
+            layouts["kv_layout"] = Layout.full(batch, keys, embeds.device)
+        else:
+            layouts = {"q_layout": Layout.padded(mask[:, -length:], finite=True)}
+            layouts["kv_layout"] = Layout.padded(mask, finite=True)
+        if cross is not None:
+            states, source_mask, source_documents = cross
+            if source_documents is not None or (source_mask is not None and source_mask.shape != states.shape[:2]):
+                return None
+            layouts["encoder_layout"] = source_layout(states, source_mask)
+        return layouts
 
     def _source_packing(
         self,

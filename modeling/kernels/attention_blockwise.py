@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .attention_biases import Bias
 from .attention_buckets import Bucket, Limits, Plan, make_plan
+from .attention_direct import direct_attention, is_direct
 from .attention_layouts import Layout
 from .attention_reference import keep_tile
 
@@ -529,6 +530,9 @@ def blockwise_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention block by block; see `attention` for the arguments."""
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if is_direct(q, q_layout, kv_layout, not (trains or return_lse or dropout_p > 0 or torch.compiler.is_compiling())):
+        return direct_attention(q, k, v, q_layout, kv_layout, causal, window, bias, softcap, scale), None
     reach, device = q_layout.length + kv_layout.length, q.device
     dense = bias.dense(q_layout.lengths, q_layout.lengths) if bias is not None and bias.kind == "dense" else None
     biased = bias is not None and dense is None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .attention_biases import Bias
 from .attention_blockwise import blockwise_attention
+from .attention_direct import is_direct
 from .attention_layouts import Layout
 from .attention_reference import reference_attention
 from .attention_sdpa import sdpa_attention
@@ -200,6 +201,8 @@ def _preference(q: Tensor, q_layout: Layout, kv_layout: Layout, needed: set[str]
         long = False
     if "packed" in needed and "causal" in needed and q_layout.known_sizes != kv_layout.known_sizes:
         long = False  # sdpa would need a mask of L x S
+    if is_direct(q, q_layout, kv_layout, not trains and not needed & {"dropout", "lse"}):
+        return ["blockwise", "sdpa", "reference"]
     square = q_layout.mask is kv_layout.mask is None and q_layout.length == kv_layout.length
     maskless = "window" not in needed and ("causal" not in needed or q_layout.length == 1 or square)
     plain = not trains and maskless and not needed & {"packed", "mixed"}  # one call, where the others run Python

@@ -30,6 +30,7 @@ class Layout:
         mask: bool `[B, L]`, True at real tokens; None where every token is real, and when packed.
         cu_seqlens: int64 `[B + 1]` when packed, else None.
         known_sizes: `lengths` on the host, where they came from there.
+        finite: padding is known to hold no NaN and no infinity, so nothing need be cleaned.
     """
 
     batch: int
@@ -38,14 +39,16 @@ class Layout:
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     known_sizes: tuple[int, ...] | None = None
+    finite: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def padded(cls, mask: Tensor) -> Layout:
+    def padded(cls, mask: Tensor, finite: bool = False) -> Layout:
         """Lay sequences out in the rows of a `[B, L, ...]` tensor, with padding anywhere.
 
         Args:
             mask: `[B, L]`, bool or integer, nonzero at real tokens (a tokenizer's `attention_mask`).
+            finite: padding surely holds neither NaN nor infinity (a model's own states), so backends need not clean it.
 
         Raises:
             ValueError: `mask` is not two-dimensional or not bool/integer.
@@ -55,7 +58,7 @@ class Layout:
         if mask.is_floating_point() or mask.is_complex():
             raise ValueError(f"mask must be bool or integer, got {mask.dtype}; an additive mask is a DenseBias")
         mask_BL = mask if mask.dtype == torch.bool else mask != 0
-        return cls(mask.shape[0], mask.shape[1], mask_BL.sum(-1), mask=mask_BL)
+        return cls(mask.shape[0], mask.shape[1], mask_BL.sum(-1), mask=mask_BL, finite=finite)
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, max_length: int | None = None) -> Layout:
@@ -168,7 +171,8 @@ class Layout:
 
     def clean(self, x_BL: Tensor) -> Tensor:
         """Zero the padding, so that not even a NaN there reaches a real token through 0 * NaN."""
-        if self.mask is None or (self.known_sizes and min(self.known_sizes) > 0):  # padding repeats its own sequence
+        repeats = self.known_sizes and min(self.known_sizes) > 0  # then padding repeats its own sequence
+        if self.mask is None or self.finite or repeats:
             return x_BL
         return x_BL.masked_fill(~self.mask[:, :, None, None], 0)
 

@@ -62,10 +62,9 @@ def _padded(
     dropout_p: float,
 ) -> Tensor:
     """One call of PyTorch's kernel, with as little mask as the case allows."""
-    q_BHLD, k_BGSD, v_BGSD = q_BLHD.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2)
-    if not _finite(q_grid, kv_grid, q_BLHD, k_BSGD, v_BSGD):
-        q_BHLD = q_grid.clean(q_BLHD).transpose(1, 2)
-        k_BGSD, v_BGSD = kv_grid.clean(k_BSGD).transpose(1, 2), kv_grid.clean(v_BSGD).transpose(1, 2)
+    q_BHLD = q_grid.clean(q_BLHD).transpose(1, 2)
+    k_BGSD = kv_grid.clean(k_BSGD).transpose(1, 2)
+    v_BGSD = kv_grid.clean(v_BSGD).transpose(1, 2)
     # When queries and keys start together and padding is at the end, PyTorch's own causal flag hides the padding too.
     aligned = q_grid.length == kv_grid.length and (
         q_grid.known_sizes == kv_grid.known_sizes
@@ -97,15 +96,6 @@ def _padded(
     if q_grid.mask is not None:
         out_BHLD = out_BHLD.masked_fill(~q_grid.mask[:, None, :, None], 0)
     return out_BHLD.transpose(1, 2)
-
-
-def _finite(q_grid: Layout, kv_grid: Layout, q_BLHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> bool:
-    """Whether padding surely holds no NaN, told by sums: a decoding step then need not copy its whole cache."""
-    if q_BLHD.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return q_grid.mask is None and kv_grid.mask is None
-    sums = [x.sum(dtype=torch.float32) for x, grid in ((q_BLHD, q_grid), (k_BSGD, kv_grid), (v_BSGD, kv_grid))
-            if grid.mask is not None]  # fmt: skip
-    return not sums or bool(torch.stack(sums).isfinite().all())
 
 
 def _bucketed(

@@ -41,20 +41,24 @@ class _DropoutAdd(torch.autograd.Function):
         return grad if ctx.needs_input_grad[0] else None, grad.to(mask.dtype).mul(mask).mul_(ctx.factor), None
 
 
-def _plain(x: Tensor, p: float, training: bool) -> bool:
+def _plain(x: Tensor, p: float) -> bool:
     """Whether PyTorch's own dropout serves: nothing to drop, all to drop, not a CPU, or a graph is being recorded."""
-    return not training or not 0 < p < 1 or x.device.type != "cpu" or torch.compiler.is_compiling()
+    return not 0 < p < 1 or x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """As `torch.nn.functional.dropout`."""
-    if _plain(x, p, training):
+    if not training:
+        return x
+    if _plain(x, p):
         return F.dropout(x, p, training)
     return _DropoutAdd.apply(None, x, p)
 
 
 def dropout_add(residual: Tensor, x: Tensor, p: float, training: bool) -> Tensor:
     """`residual + dropout(x)`, of the same shape, in one pass."""
-    if _plain(x, p, training) or residual.shape != x.shape:
+    if not training:
+        return residual + x
+    if _plain(x, p) or residual.shape != x.shape:
         return residual + F.dropout(x, p, training)
     return _DropoutAdd.apply(residual, x, p)
