@@ -473,9 +473,10 @@ def test_fused_loss_is_the_loss_of_logits(architecture: str, fields: str, option
     model.double()
     loss, want = expected(model)
     assert found.keys() == want.keys()
+    rounding = 1e-8 * max(exact.abs().max() for exact in want.values())  # some gradients are sums that cancel to 0
     for name, exact in want.items():
         error, allowed = ((some[name] - exact).abs().max() for some in (found, want32))
-        assert error <= 2 * allowed + 1e-6 * exact.abs().max(), name
+        assert error <= 2 * allowed + 1e-6 * exact.abs().max() + rounding, name
     outputs, found = step(model, inputs, **options)
     close(outputs.loss, loss, 1e-12)
     close(found, want, 1e-11)
