@@ -339,14 +339,11 @@ def backward(
     d_diagonals = torch.zeros_like(call.diagonals) if wants_diagonals and call.diagonals is not None else None
     d_dense = torch.zeros_like(call.dense, dtype=dtype) if wants_dense and call.dense is not None else None
     dropout, work = call.dropout(), _Work(q, dtype)
+    factor = 1.0 if dropout is None else 1 / (1 - dropout.probability)
     for bucket in plan.buckets:
         wide = {"q": q, "do": d_out, "o": out if lse is not None else None, "l": lse, "dl": d_lse}
         queries = {name: bucket.q.take(x, call.groups, dtype) for name, x in wide.items() if x is not None}
         k_all, v_all = bucket.k.take(k, call.groups, dtype), bucket.k.take(v, call.groups, dtype)
-        if dropout is not None:
-            queries["do"] = queries["do"] / (1 - dropout.probability)
-            if "o" in queries:
-                queries["o"] = queries["o"] * (1 - dropout.probability)
         if bucket.q.padding is not None:
             by_row = queries["do"].view(bucket.q.count, call.heads, bucket.q.length, -1)
             by_row.masked_fill_(bucket.q.padding[:, None, :, None], 0)
@@ -368,7 +365,7 @@ def backward(
                 weights, d_scores, kept, bent = _score_gradients(
                     call, piece, k_all[:, part], v_all[:, part], bucket, rows, keys, len(blocks) == 1, dropout, work
                 )
-                _add_product(dv[:, part], kept.transpose(1, 2), piece["do"], 1.0, once)
+                _add_product(dv[:, part], kept.transpose(1, 2), piece["do"], factor, once)
                 view = d_scores.view(-1, call.heads, last - first, keys[1] - keys[0])
                 if d_diagonals is not None:
                     where = call.diagonal_range(bucket, rows, keys)
@@ -412,7 +409,8 @@ def _score_gradients(
     else:  # an empty row's -inf becomes +inf, so that its weights are 0
         weights.sub_(piece["l"].masked_fill(piece["l"] == -torch.inf, torch.inf)).exp_()
     d_weights = work("gradients", *weights.shape)
-    torch.bmm(piece["do"], v.transpose(1, 2), out=d_weights)
+    factor = 1.0 if dropout is None else 1 / (1 - dropout.probability)
+    torch.baddbmm(d_weights, piece["do"], v.transpose(1, 2), beta=0, alpha=factor, out=d_weights)
     kept = weights
     if dropout is not None:
         shape = (-1, call.heads, rows[1] - rows[0], keys[1] - keys[0])
@@ -530,7 +528,8 @@ def blockwise_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention block by block; see `attention` for the arguments."""
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    leaves = (q, k, v) if bias is None else (q, k, v, bias.weight)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
     if is_direct(q, q_layout, kv_layout, not (trains or return_lse or dropout_p > 0 or torch.compiler.is_compiling())):
         return direct_attention(q, k, v, q_layout, kv_layout, causal, window, bias, softcap, scale), None
     reach, device = q_layout.length + kv_layout.length, q.device

@@ -203,8 +203,11 @@ def _columns(layout: Layout) -> Tensor | None:
 
 
 def _round_up(size: int) -> int:
-    """Round up to a multiple of about a third of the size (at least 8): sequences of one bucket are about as long."""
-    step = max(8, 1 << max((size - 1).bit_length() - 2, 0))
+    """Round up to 16, 32, 48, 64, 96, 128, 192 and so on: sequences of one bucket are about as long.
+
+    A bucket costs about as much as two hundred thousand more scores, so short sequences are sorted coarsely.
+    """
+    step = max(16, 1 << max((size - 1).bit_length() - 2, 0))
     return -(-size // step) * step
 
 

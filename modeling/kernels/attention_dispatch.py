@@ -176,7 +176,8 @@ def attention(
     }
     needed = {feature for feature, needed in needs.items() if needed} | ({bias.kind} if bias is not None else set())
     if backend == "auto":
-        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        leaves = (q, k, v) if bias is None else (q, k, v, bias.weight)
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
         chosen = BACKENDS[_choose(_preference(q, q_layout, kv_layout, needed, trains), needed, q.device)]
     else:
         chosen = BACKENDS[_require(backend, needed, q.device)]

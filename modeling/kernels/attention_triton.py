@@ -26,11 +26,16 @@ from .attention_layouts import Layout
 try:
     import triton
 
-    from . import attention_triton_backward as backward
-    from . import attention_triton_kernels as kernels
+    from .attention_triton_backward import (
+        attention_backward_diagonals,
+        attention_backward_dkdv,
+        attention_backward_dq,
+        attention_delta,
+    )
     from .attention_triton_decode import decode_attention
+    from .attention_triton_kernels import attention_forward
 
-    INTERPRETED = not isinstance(kernels.attention_forward, triton.JITFunction)
+    INTERPRETED = not isinstance(attention_forward, triton.JITFunction)
 except ImportError:
     triton = None
     INTERPRETED = False
@@ -196,9 +201,9 @@ class _Call:
         if tiles * programs == 0:
             return
         kernel = {
-            "forward": kernels.attention_forward,
-            "dq": backward.attention_backward_dq,
-            "dkdv": backward.attention_backward_dkdv,
+            "forward": attention_forward,
+            "dq": attention_backward_dq,
+            "dkdv": attention_backward_dkdv,
         }[name]
         with self.on_device():
             kernel[(tiles * programs,)](
@@ -294,7 +299,7 @@ def _launch_delta(call: _Call, out: Tensor, grad: Tensor, grad_lse: Tensor | Non
     rows = 32
     tiles = -(-call.tokens // rows)
     with call.on_device():
-        backward.attention_delta[(tiles * call.heads,)](
+        attention_delta[(tiles * call.heads,)](
             out, grad, grad_lse, lse, delta,
             **call.strides("og", (out, grad)), tokens_q=call.tokens, tiles=tiles, HEAD_DIM_V=call.v_dim,
             BLOCK_DV=call.v_width, BLOCK_M=rows, UNIT=call.unit, num_warps=4,
@@ -326,7 +331,7 @@ def _add_diagonals(call: _Call, common: dict[str, Any], dtable: Tensor) -> None:
     splits = max(1, min(tiles * call.batch, DIAGONAL_PROGRAMS // programs))
     sums = torch.empty(splits, call.heads, diagonals, dtype=torch.float32, device=call.q.device)
     with call.on_device():
-        backward.attention_backward_diagonals[(programs * splits,)](
+        attention_backward_diagonals[(programs * splits,)](
             **call.shared, **common, Sums=sums, tiles=tiles, heads=call.heads, batch=call.batch, low_diagonal=low,
             diagonals=diagonals, splits=splits, BLOCK=launch.block_m, num_warps=launch.num_warps,
             num_stages=launch.num_stages,
