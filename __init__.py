@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .modeling.kernels.attention_biases import ALiBi, DenseBias, RelativeBias, T5Bias
     from .modeling.kernels.attention_dispatch import attention, attention_backends
     from .modeling.kernels.attention_layouts import Layout
+    from .modeling.kernels.loss_linear_cross_entropy import linear_cross_entropy
     from .modeling.modeling_urform import (
         UrformEncoderModel,
         UrformForCausalLM,
@@ -63,6 +64,7 @@ __all__ = [
     "attention_backends",
     "check_isolation",
     "check_kernels",
+    "linear_cross_entropy",
     "list_presets",
 ]
 
@@ -73,6 +75,7 @@ _HOME = {
     "modeling.kernels.attention_biases": ("ALiBi", "DenseBias", "RelativeBias", "T5Bias"),
     "modeling.kernels.attention_dispatch": ("attention", "attention_backends"),
     "modeling.kernels.attention_layouts": ("Layout",),
+    "modeling.kernels.loss_linear_cross_entropy": ("linear_cross_entropy",),
     "modeling.modeling_urform": tuple(n for n in __all__ if re.fullmatch(r"Urform(For\w+|\w*Model)", n)),
     "tokenization.tokenization_urform": ("UrformTokenizer",),
 }

@@ -560,7 +560,7 @@ def test_auto_warns_once_when_it_leaves_the_fast_path(monkeypatch: pytest.Monkey
 
 def test_a_backend_that_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="backend='triton' cannot run here: .*(GPU|not installed)"):
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run here: .*(GPU|not installed)"):
         attend(X, KV, KV, backend="triton")
 
 

@@ -100,12 +100,12 @@ class Call:
             line = self.diagonals[:, self.diagonal_range(bucket, rows, keys)]
             scores.add_(line.unfold(1, keys[1] - keys[0], 1).flip(1))
         if self.dense is not None:
-            scores.add_(self._dense_block(bucket, rows, keys))
+            scores.add_(self._dense_block(self.dense, bucket, rows, keys))
         if bucket.key_padding is not None:
             scores.add_(bucket.key_padding[..., keys[0] : keys[1]])
 
-    def _dense_block(self, bucket: Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
-        dense = self.dense
+    def _dense_block(self, dense: Tensor, bucket: Bucket, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+        """The dense bias of a block, `[n | 1, H | 1, rows | 1, keys | 1]`."""
         if dense.shape[0] > 1:
             dense = dense[bucket.members]
         for dim, (first, last), columns in ((2, rows, self.plan.q_columns), (3, keys, self.plan.k_columns)):
@@ -114,11 +114,9 @@ class Call:
             if columns is None:
                 dense = dense.narrow(dim, first, last - first)
                 continue
-            index = columns[bucket.members, first:last]
-            shape = (len(bucket.members), dense.shape[1], *((-1, 1) if dim == 2 else (1, -1)))
+            index = columns[bucket.members, first:last]  # each sequence's own places
             index = index[:, None, :, None] if dim == 2 else index[:, None, None, :]
-            dense = dense.expand(len(bucket.members), -1, -1, -1)
-            dense = dense.gather(dim, index.expand(*shape[:2], *_other(dense, dim, last - first)))
+            dense = torch.take_along_dim(dense.expand(len(index), -1, -1, -1), index, dim)
         return dense
 
     def add_dense_gradient(
@@ -147,10 +145,6 @@ class Call:
     def dropout(self) -> _Dropout | None:
         """Give the masks of this call's blocks, in the order of `blocks`."""
         return _Dropout(self) if self.dropout_p > 0 else None
-
-
-def _other(dense: Tensor, dim: int, count: int) -> tuple[int, int]:
-    return (count, dense.shape[3]) if dim == 2 else (dense.shape[2], count)
 
 
 class _Dropout:
@@ -287,7 +281,8 @@ def _attend_rows(
     work: _Work,
 ) -> tuple[Tensor, Tensor | None]:
     """Let some rows `[n * G, R * rows, D]` attend to all their keys: their output, and lse."""
-    total = lse = None
+    total: Any = None
+    lse = None
     highest = denominator = q  # of the blocks so far
     for keys in blocks:
         scores = work("scores", len(q), q.shape[1], keys[1] - keys[0])
@@ -359,10 +354,10 @@ def backward(
         for first, last, blocks in blocks_of_rows:
             rows = (first, last)
             piece = {name: _rows_of(x, repeats, rows) for name, x in queries.items()}
-            dq_rows = None
+            dq_rows: Any = None
             for keys in blocks:
                 part = slice(*keys)
-                weights, d_scores, kept, bent = _score_gradients(
+                d_scores, kept, bent = _score_gradients(
                     call, piece, k_all[:, part], v_all[:, part], bucket, rows, keys, len(blocks) == 1, dropout, work
                 )
                 _add_product(dv[:, part], kept.transpose(1, 2), piece["do"], factor, once)
@@ -397,8 +392,8 @@ def _score_gradients(
     alone: bool,
     dropout: _Dropout | None,
     work: _Work,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Make a block of weights again: it, the gradient of its biased scores, it after dropout, tanh of the softcap.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Make a block again: the gradient of its biased scores, its weights after dropout, tanh of the softcap.
 
     `alone`: the block holds all keys of its rows. All are `[n * G, R * rows, keys]`.
     """
@@ -423,7 +418,7 @@ def _score_gradients(
         d_weights.sub_((piece["do"] * piece["o"]).sum(-1, keepdim=True)).mul_(weights)
     if "dl" in piece:
         d_weights.addcmul_(weights, piece["dl"].masked_fill(piece["l"] == -torch.inf, 0))
-    return weights, d_weights, kept, bent
+    return d_weights, kept, bent
 
 
 def _sum_diagonals(x: Tensor, heads: int) -> Tensor:

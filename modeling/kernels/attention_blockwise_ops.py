@@ -6,7 +6,7 @@ All that the operators read are tensors and numbers: layouts come as masks or `c
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,8 +68,8 @@ def attention_blockwise_op(
     places = (q_mask, q_cu, kv_mask, kv_cu)
     call = _call_of(q, k, diagonals, *places, causal, left, right, softcap, scale, dropout_p, seed, biased)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False), exact_products(q):
-        out, lse = forward(replace(call, diagonals=diagonals, dense=dense), q, k, v)
-        return out, lse[..., 0]
+        out, lse = forward(replace(call, diagonals=diagonals, dense=dense), q, k, v)  # the call asks for lse
+        return out, cast(Tensor, lse)[..., 0]
 
 
 @torch.library.custom_op("urform::attention_blockwise_backward", mutates_args=())
