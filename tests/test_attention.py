@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from urform.modeling.kernels import attention_dispatch
+from urform.modeling.kernels import attention_dispatch, attention_sdpa
 from urform.modeling.kernels.attention_biases import ALiBi, Bias, DenseBias, RelativeBias, T5Bias
 from urform.modeling.kernels.attention_buckets import Limits
 from urform.modeling.kernels.attention_dispatch import attention, attention_backends
@@ -257,6 +257,14 @@ def small_blocks() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def lone_sequences() -> Iterator[None]:
+    """Let the sdpa backend give every packed sequence a call of its own, as it does with long ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_sdpa, "ALONE", 0)
+        yield
+
+
 def check(problem: Problem, backends: list[str] = BACKENDS) -> None:
     """Output and every gradient of every backend, padded and packed, against the truth."""
     expected, expected_lse = problem.truth()
@@ -268,7 +276,7 @@ def check(problem: Problem, backends: list[str] = BACKENDS) -> None:
         runs = {"padded": problem.run}
         if not (problem.bias_kind or "").startswith("dense"):  # a dense bias has the coordinates of one layout
             runs["packed"] = problem.run_packed
-        sizes = [nullcontext, small_blocks] if backend == "blockwise" else [nullcontext]
+        sizes = [nullcontext, {"blockwise": small_blocks, "sdpa": lone_sequences}.get(backend, nullcontext)]
         for (name, run), size in itertools.product(runs.items(), sizes):
             at = f"{backend} {name} {size.__name__} {problem}"
             with size():

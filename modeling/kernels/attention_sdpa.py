@@ -16,6 +16,8 @@ from .attention_biases import Bias
 from .attention_layouts import Layout, query_positions, visible
 from .attention_reference import reference_attention
 
+ALONE = 256  #: packed sequences of about this mean length are worth a call each
+
 
 def sdpa_attention(
     q: Tensor,
@@ -112,6 +114,21 @@ def _bucketed(
 ) -> Tensor:
     """One padded call for each bucket of sequences with similar lengths."""
     q_sizes, kv_sizes = q_layout.sizes, kv_layout.sizes
+    if len({*q_sizes}) == len({*kv_sizes}) == 1:  # sequences of one length are a batch already
+        q_grid, kv_grid = (Layout.full(x.batch, x.length, q_NHD.device) for x in (q_layout, kv_layout))
+        q_BLHD = q_NHD.unflatten(0, (q_grid.batch, q_grid.length))
+        k_BSGD, v_BSGD = (x.unflatten(0, (kv_grid.batch, kv_grid.length)) for x in (k_NGD, v_NGD))
+        out_BLHD = _padded(q_BLHD, k_BSGD, v_BSGD, q_grid, kv_grid, causal, window, bias, scale, dropout_p)
+        return out_BLHD.flatten(0, 1)
+    if sum(kv_sizes) >= ALONE * len(kv_sizes) and 0 not in q_sizes and 0 not in kv_sizes:
+        outs = []
+        parts = (q_NHD.split(q_sizes), k_NGD.split(kv_sizes), v_NGD.split(kv_sizes))  # type: ignore[arg-type]
+        for i, (q_LHD, k_SGD, v_SGD) in enumerate(zip(*parts, strict=True)):
+            q_grid, kv_grid = (Layout.full(1, len(x), q_NHD.device) for x in (q_LHD, k_SGD))
+            cut = None if bias is None else bias.narrow([i], len(q_LHD), len(k_SGD))
+            sides = (q_LHD[None], k_SGD[None], v_SGD[None], q_grid, kv_grid)
+            outs.append(_padded(*sides, causal, window, cut, scale, dropout_p)[0])
+        return torch.cat(outs)
     buckets: dict[tuple[int, int], list[int]] = {}
     for sequence, (q_size, kv_size) in enumerate(zip(q_sizes, kv_sizes, strict=True)):
         if q_size > 0:
