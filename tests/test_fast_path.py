@@ -36,7 +36,6 @@ def make(architecture: str, implementation: str | None = None, spread: float = 0
     torch.manual_seed(0)
     config = UrformConfig.from_preset(f"tiny-{architecture}", **{"hidden_size": 24, **fields})
     model = getattr(urform, HEADS[architecture])(config).train()
-    assert config._attn_implementation == "urform"
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, spread)
@@ -387,6 +386,19 @@ def test_who_takes_the_padded_path(architecture: str) -> None:
         model.set_attn_implementation("urform")
         model(**inputs, **({} if architecture == "encoder" else {"use_cache": False}))
         assert {shape[0] for shape in seen.values()} == {1}
+
+
+@every_architecture
+def test_inference_mode(architecture: str) -> None:
+    """Tensors without a version counter, with and without a cache."""
+    model, inputs = make(architecture).eval(), batch(architecture)
+    del inputs["labels"]
+    ways: list[dict[str, Any]] = [{}] if architecture == "encoder" else [{"use_cache": False}, {"use_cache": True}]
+    for way in ways:
+        want = model(**inputs, **way).logits
+        with torch.inference_mode():
+            found = model(**{key: value.clone() for key, value in inputs.items()}, **way).logits
+        close(found, want, 1e-6)
 
 
 def test_compiled_in_one_graph() -> None:
