@@ -21,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration.configuration_urform import UrformConfig
+from .attention_interface import NAME as ATTENTION_NAME
 from .kernels.attention_biases import ALiBi, Bias, T5Bias
 from .kernels.attention_layouts import Layout
 from .kernels.dropout_bits import dropout, dropout_add
@@ -296,9 +297,8 @@ class UrformAttention(nn.Module):
             if is_cross and isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values.is_updated[self.layer_idx] = True
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        name = ATTENTION_NAME if "q_layout" in kwargs else self.config._attn_implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         output, weights = attend(
             self,
             query,

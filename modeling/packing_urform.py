@@ -49,8 +49,18 @@ class Packing:
         return flat.unflatten(0, self.shape)
 
 
+class DefaultAttention(str):
+    """The name of the library's default, where the user named none: Urform's own attention serves before it.
+
+    It is what `config._attn_implementation` holds, equal to the library's "sdpa" or "eager", which serve the paths that
+    Urform's attention leaves: graphs that are traced, static and sliding caches, outputs of every layer.
+    """
+
+
 def takes_layouts(config: PreTrainedConfig) -> bool:
-    """Whether the configured attention takes `Layout` and bias objects instead of masks."""
+    """Whether attention takes `Layout` and bias objects instead of masks: it is "urform", or none was named."""
+    if isinstance(config._attn_implementation, DefaultAttention):
+        return True
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
     return getattr(attend, "takes_layouts", False)
 
@@ -97,6 +107,8 @@ def source_layout(states: Tensor, mask: Tensor | None) -> Layout:
     """The layout of encoder states `[B, S, E]`; of one mask it is made once, for all the steps of a generation."""
     if mask is None:
         return Layout.full(states.shape[0], states.shape[1], states.device)
+    if mask.is_inference():  # nothing says when it changes
+        return Layout.padded(mask.to(states.device).bool(), finite=True)
     known = _source_layouts.get(mask)
     if known is None or known[0] != mask._version:
         known = _source_layouts[mask] = (mask._version, Layout.padded(mask.to(states.device).bool(), finite=True))

@@ -30,9 +30,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.bundle_urform import BundledCodeMixin
 from ..configuration.configuration_urform import UrformConfig
-from .attention_interface import NAME as ATTENTION_NAME
 from .attention_interface import register_attention
-from .kernels.attention_biases import Bias
 from .kernels.attention_layouts import Layout
 from .kernels.dropout_bits import dropout
 from .layers_urform import (
@@ -45,6 +43,7 @@ from .layers_urform import (
     sinusoidal_positions,
 )
 from .packing_urform import (
+    DefaultAttention,
     Packing,
     check_pairs,
     find_documents,
@@ -102,8 +101,9 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
         return not self.config.is_encoder_decoder and self.config.position_encoding not in ("alibi", "t5")
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As the library's, but where nothing is asked for, Urform's own attention is taken: it serves every case."""
-        return super().get_correct_attn_implementation(requested_attention or ATTENTION_NAME, is_init_check)
+        """As the library's; where nothing is asked for, its default's name stands for Urform's own attention."""
+        found = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        return DefaultAttention(found) if requested_attention is None else found
 
     def init_parallel_plans(self) -> None:
         """Keep of the config's plans, which serve every stack, what matches a module of this model."""
@@ -287,15 +287,19 @@ class UrformStack(UrformPreTrainedModel):
             biases[kind] = self.position_bias(queries[None], places[None], embeds.dtype).expand(batch, -1, -1, -1)
         return biases
 
+    def _records(self, kwargs: dict[str, Any], *names: str) -> bool:
+        """Whether the caller or the config asks for these outputs of every layer."""
+        flags = (f"output_{name}" for name in names)
+        wanted = (kwargs.get(flag, getattr(self.config, flag, None)) for flag in flags)
+        return any(want is not None and want is not False for want in wanted)
+
     def _packing(
         self, given: Tensor, attention_mask: Any, cache: Cache | None, documents: Tensor | None, **kwargs: Any
     ) -> Packing | None:
         """The batch without padding, where the attention takes layouts and nobody reads padded tensors on the way."""
-        recorded = ("output_hidden_states", "output_attentions", "output_cross_attentions")
-        wanted = (kwargs.get(name, getattr(self.config, name, None)) for name in recorded)
         if cache is not None or not takes_layouts(self.config) or is_tracing(given):
             return None
-        if any(want is not None and want is not False for want in wanted):
+        if self._records(kwargs, "hidden_states", "attentions", "cross_attentions"):
             return None
         mask, packed = attention_mask, kwargs.get("cu_seq_lens_q")
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != given.shape[:2] or packed is not None):
@@ -344,30 +348,29 @@ class UrformStack(UrformPreTrainedModel):
         angles = {kind: module(hidden_states, position_ids) for kind, module in rotary}
         encoder_hidden_states = None if cross is None else cross[0]
         masks: dict[str, Any] = {}
-        biases: dict[str, Tensor | Bias] = {}
-        layouts = None
-        if packing is None:
-            layouts = self._cached_layouts(embeds, attention_mask, cache, documents, cross)
+        biases: dict[str, Any] = {}
         if packing is not None:
-            kwargs = {
-                key: value for key, value in kwargs.items() if not key.startswith(("cu_seq_lens_", "max_length_"))
-            }
+            packed_keywords = ("cu_seq_lens_", "max_length_")
+            kwargs = {key: value for key, value in kwargs.items() if not key.startswith(packed_keywords)}
             kwargs["q_layout"] = packing.layout
             if self.position_bias is not None:
                 biases = dict.fromkeys(self.layer_types, self.position_bias.bias(embeds.device))
             if source is not None:
                 kwargs["encoder_layout"] = source.layout
                 encoder_hidden_states = source.pack(encoder_hidden_states)
-        elif layouts is not None:
-            kwargs.update(layouts)
-            biases = self._biases(embeds, cache, past)
         else:
-            masks = self._masks(embeds, attention_mask, cache, documents)
             biases = self._biases(embeds, cache, past)
-            if cross is not None:
-                kwargs["encoder_attention_mask"] = self._cross_mask(embeds, cross[0], documents, *cross[1:])
-            if documents is not None:
-                kwargs["position_ids"] = position_ids  # by these flash attention tells documents apart
+            layouts = None
+            if not self._records(kwargs, "attentions", "cross_attentions"):
+                layouts = self._cached_layouts(embeds, attention_mask, cache, documents, cross)
+            if layouts is not None:
+                kwargs.update(layouts)
+            else:
+                masks = self._masks(embeds, attention_mask, cache, documents)
+                if cross is not None:
+                    kwargs["encoder_attention_mask"] = self._cross_mask(embeds, cross[0], documents, *cross[1:])
+                if documents is not None:
+                    kwargs["position_ids"] = position_ids  # by these flash attention tells documents apart
         for layer in self.layers:  # what needs gradients goes by position: reentrant checkpointing sees only those
             hidden_states = layer(
                 hidden_states,
