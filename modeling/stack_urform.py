@@ -105,6 +105,13 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
         found = super().get_correct_attn_implementation(requested_attention, is_init_check)
         return DefaultAttention(found) if requested_attention is None else found
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """As the library's, which takes a name equal to the default's for no change."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        named = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
+        if named is not None and named == self.config._attn_implementation:
+            self.config._attn_implementation_internal = named
+
     def init_parallel_plans(self) -> None:
         """Keep of the config's plans, which serve every stack, what matches a module of this model."""
         super().init_parallel_plans()
