@@ -67,7 +67,7 @@ def attention_blockwise_op(
     """Blockwise attention with layouts as tensors and unbounded windows as -1; also gives lse, `[..., H]`."""
     places = (q_mask, q_cu, kv_mask, kv_cu)
     call = _call_of(q, k, diagonals, *places, causal, left, right, softcap, scale, dropout_p, seed, biased)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), exact_products(q):
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), exact_products(q, call.plan):
         out, lse = forward(replace(call, diagonals=diagonals, dense=dense), q, k, v)  # the call asks for lse
         return out, cast(Tensor, lse)[..., 0]
 
@@ -98,7 +98,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     places = (q_mask, q_cu, kv_mask, kv_cu)
     call = _call_of(q, k, diagonals, *places, causal, left, right, softcap, scale, dropout_p, seed, biased)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), exact_products(q):
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), exact_products(q, call.plan):
         call, d_lse = replace(call, diagonals=diagonals, dense=dense), d_lse.unsqueeze(-1)
         wanted = (biased, dense is not None)
         *grads, d_diagonals, d_dense = backward(call, q, k, v, out, lse.unsqueeze(-1), d_out, d_lse, *wanted)
