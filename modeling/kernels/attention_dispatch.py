@@ -196,18 +196,18 @@ def _preference(q: Tensor, q_layout: Layout, kv_layout: Layout, needed: set[str]
         return ["triton", "sdpa", "blockwise", "reference"]
     if torch.compiler.is_compiling() and not needed & {"packed", "mixed"}:
         return ["sdpa", "reference", "blockwise"]  # operations that every compiler and exporter knows
-    total = sum(kv_layout.known_sizes) if kv_layout.known_sizes else kv_layout.length * kv_layout.batch
-    long = total >= LONG * kv_layout.batch
-    if needed & {"dropout", "window"} or (trains and needed & {"alibi", "t5", "relative", "dense"}):
-        long = False
-    if "packed" in needed and "causal" in needed and q_layout.known_sizes != kv_layout.known_sizes:
-        long = False  # sdpa would need a mask of L x S
     if is_direct(q, q_layout, kv_layout, not trains and not needed & {"dropout", "lse"}):
         return ["blockwise", "sdpa", "reference"]
-    square = q_layout.mask is kv_layout.mask is None and q_layout.length == kv_layout.length
-    maskless = "window" not in needed and ("causal" not in needed or q_layout.length == 1 or square)
-    plain = not trains and maskless and not needed & {"packed", "mixed"}  # one call, where the others run Python
-    return ["sdpa", "blockwise", "reference"] if long or plain else ["blockwise", "sdpa", "reference"]
+    if "packed" in needed:
+        square = q_layout.known_sizes == kv_layout.known_sizes
+    else:
+        square = q_layout.mask is kv_layout.mask is None and q_layout.length == kv_layout.length
+    # Else sdpa would need a mask, a bias or weights of L x S.
+    small = not needed & {"window", "alibi", "t5", "relative", "dropout"} and ("causal" not in needed or square)
+    total = sum(kv_layout.known_sizes) if kv_layout.known_sizes else kv_layout.length * kv_layout.batch
+    long = total >= LONG * kv_layout.batch and not (trains and "dense" in needed)
+    plain = not trains and not needed & {"packed", "mixed"}  # one call, where the others run Python
+    return ["sdpa", "blockwise", "reference"] if small and (long or plain) else ["blockwise", "sdpa", "reference"]
 
 
 def _require(backend: str, needed: set[str], device: torch.device) -> str:
