@@ -17,7 +17,7 @@ from .attention_layouts import Layout
 class Limits:
     """How large a block of scores may be."""
 
-    elements = 1 << 20  #: scores of a block: they and their gradient fit a CPU's last cache
+    elements = 1 << 19  #: scores of a block: they and their gradient fit a CPU's last cache
     keys = 1024  #: keys of a block; rows that see more of them need online softmax
     rows = 16  #: queries of a block, at least
 
@@ -225,7 +225,7 @@ def make_plan(q_layout: Layout, kv_layout: Layout, heads: int, groups: int, alig
     buckets = []
     for (shift, _, _), sequences in similar.items():
         length, size = max(q_sizes[i] for i in sequences), max(k_sizes[i] for i in sequences)
-        together = max(1, Limits.elements // (heads * min(length, Limits.rows) * min(size, Limits.keys)))
+        together = max(1, Limits.elements // (heads * length * size))  # in one block; longer ones take several
         for first in range(0, len(sequences), together):
             members = sequences[first : first + together]
             q, k = queries.side(members), keys.side(members)
