@@ -205,7 +205,7 @@ def _columns(layout: Layout) -> Tensor | None:
 def _round_up(size: int) -> int:
     """Round up to 16, 32, 48, 64, 96, 128, 192 and so on: sequences of one bucket are about as long.
 
-    A bucket costs about as much as two hundred thousand more scores, so short sequences are sorted coarsely.
+    Short sequences are sorted coarsely: another bucket costs them more than the padding that it saves.
     """
     step = max(16, 1 << max((size - 1).bit_length() - 2, 0))
     return -(-size // step) * step

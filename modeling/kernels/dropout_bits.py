@@ -12,7 +12,7 @@ from torch import Tensor
 def _mask(like: Tensor, p: float) -> tuple[Tensor, float]:
     """Draw 0 and 1 in the shape and dtype of `like`, and the factor that keeps the mean.
 
-    Sixteen bits of torch's default generator decide on an element, so `p` is met to within 2^-17.
+    Sixteen bits of torch's default generator decide on an element, so `p` is met to within 2^-16.
     """
     threshold = min(round(p * (1 << 16)), (1 << 16) - 1) - (1 << 15)
     bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
