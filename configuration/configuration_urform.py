@@ -83,15 +83,22 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         norm_bias: Whether LayerNorm has a bias (RMSNorm never has one).
         norm_offset: Added to the norm's weight, which then starts at `1 - norm_offset` (Gemma: 1.0).
         final_norm: A norm after the last layer. None: yes unless `norm_position="post"`.
+        first_norm: A norm before the first layer's self-attention (ModernBERT has none behind its embedding norm).
         position_encoding: `"sinusoidal"` (Vaswani et al. 2017, sec. 3.5), `"learned"` (Gehring et al. 2017),
             `"rope"` (Su et al. 2021), `"alibi"` (Press et al. 2022), `"t5"` (relative buckets, Raffel et al. 2020)
             or `"none"` (Kazemnejad et al. 2023).
         max_position_embeddings: Rows of the learned table; the trained length for RoPE scaling.
-        position_offset: First row of the learned table in use (BART and OPT: 2).
+        position_offset: Added to the positions of the learned table and of the sinusoids (BART, OPT, M2M-100: 2).
+        position_counting: What absolute positions count: real tokens by the attention `"mask"` (OPT), all
+            `"columns"`, padding included (Vaswani et al. 2017, BERT, BART, Marian), or `"tokens"` other than
+            `pad_token_id`, which stands at -1 itself (fairseq: RoBERTa, M2M-100).
+        sinusoidal_layout: Sines and cosines `"interleaved"` (Vaswani et al. 2017, sec. 3.5), in two `"halves"`
+            (Marian), or as in `"tensor2tensor"` and fairseq: halves, the slowest wave at exactly 1/10000 (M2M-100).
         rope_parameters: As in transformers: `rope_type`, `rope_theta`, `partial_rotary_factor`, scaling; or one such
             dict per layer type (Gemma 3).
         relative_attention_num_buckets, relative_attention_max_distance: T5's buckets.
         attention_bias: Bias in the query, key, value and output projections.
+        attention_out_bias: Bias in the output projection, where it differs (Qwen 2). None: as `attention_bias`.
         qk_norm: RMSNorm over each head of queries and keys (Henry et al. 2020; Qwen 3).
         attention_scale: Factor on the scores. None: `head_dim ** -0.5` (T5: 1.0).
         attn_logit_softcapping: `cap * tanh(score / cap)` on the scores (Gemma 2).
@@ -103,16 +110,22 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         scale_embedding: Multiply embeddings by `sqrt(hidden_size)` (Vaswani et al. 2017, sec. 3.4).
         embedding_norm: A norm over the summed embeddings (BERT, BLOOM).
         type_vocab_size: Token types (BERT's segments); 0 means none.
+        freeze_pad_embedding: Inputs give the pad token's embedding no gradient (`nn.Embedding`'s padding_idx).
         share_embeddings: Encoder and decoder read one table.
         tie_word_embeddings: The output projection is the embedding table (Press & Wolf 2017); together with
             `share_embeddings` this is the three-way tying of Vaswani et al. 2017.
         lm_head_bias: Bias on the output projection.
         lm_head_transform: Dense, activation and norm before the output projection (BERT's MLM head).
+        lm_head_activation: That activation. None: `hidden_act`.
         logit_scale: Factor on the logits (T5: `hidden_size ** -0.5`).
         final_logit_softcapping: `cap * tanh(logit / cap)` on the logits (Gemma 2).
         classifier_pooling: What a sequence classifier reads: the `"first"` token, the `"last"` real token or the
             `"mean"` over real tokens. None: first for an encoder, last otherwise.
         classifier_activation: Activation of the classifier's dense layer (BERT, BART: tanh). None: no dense layer.
+        classifier_norm: A norm behind that activation (ModernBERT).
+        classifier_bias: Bias of the classifier's output layer (GPT-2, Llama: none).
+        token_classifier_dense: Token classification and question answering have the dense layer too (ModernBERT).
+        transform_bias: Bias of the dense layers of `lm_head_transform` and of the classifiers (ModernBERT: none).
         hidden_dropout_prob, attention_dropout, activation_dropout, classifier_dropout: Dropout (Srivastava et al.
             2014) on sublayer outputs and embeddings, attention weights, inside the feed-forward layer, and before
             the classifier (None: as `hidden_dropout_prob`).
@@ -121,6 +134,9 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
             or `"t5"` (fan-in scaled; Raffel et al. 2020).
         initializer_range: Standard deviation for `"normal"` and `"gpt2"`.
         decoder_start_token_id: What the decoder's input begins with. None: the eos token, as in fairseq.
+        decoder_start_from_labels: In training it begins with the labels' last token instead, the language's code
+            (mBART; Liu et al. 2020).
+        source_family: The transformers model type that the weights came from (`from_transformers`).
 
     Raises:
         ValueError: A field that does not exist, or fields that do not go together; the message says which and what
@@ -167,15 +183,19 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     norm_bias: bool = True
     norm_offset: int | float = 0.0
     final_norm: bool | None = None
+    first_norm: bool = True
 
     position_encoding: Literal["sinusoidal", "learned", "rope", "alibi", "t5", "none"] = "rope"
     max_position_embeddings: int = 1024
     position_offset: int = 0
+    position_counting: Literal["mask", "columns", "tokens"] = "mask"
+    sinusoidal_layout: Literal["interleaved", "halves", "tensor2tensor"] = "interleaved"
     rope_parameters: dict | None = None
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
 
     attention_bias: bool = True
+    attention_out_bias: bool | None = None
     qk_norm: bool = False
     attention_scale: int | float | None = None
     attn_logit_softcapping: int | float | None = None
@@ -188,14 +208,20 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     scale_embedding: bool = False
     embedding_norm: bool = False
     type_vocab_size: int = 0
+    freeze_pad_embedding: bool = True
     share_embeddings: bool = True
     tie_word_embeddings: bool = True
     lm_head_bias: bool = False
     lm_head_transform: bool = False
+    lm_head_activation: str | None = None
     logit_scale: int | float = 1.0
     final_logit_softcapping: int | float | None = None
     classifier_pooling: Literal["first", "last", "mean"] | None = None
     classifier_activation: str | None = "tanh"
+    classifier_norm: bool = False
+    classifier_bias: bool = True
+    token_classifier_dense: bool = False
+    transform_bias: bool = True
 
     hidden_dropout_prob: int | float = _probability(default=0.1)
     attention_dropout: int | float = _probability(default=0.0)
@@ -209,6 +235,8 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     decoder_start_token_id: int | None = None
+    decoder_start_from_labels: bool = False
+    source_family: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for alias in self.attribute_map.keys() & kwargs.keys():
@@ -338,7 +366,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
             need(value is None or value > 0, f"{name}={value} must be a positive integer")
         for name in ("position_offset", "type_vocab_size"):
             need(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 means none")
-        for name in ("hidden_act", "classifier_activation"):
+        for name in ("hidden_act", "classifier_activation", "lm_head_activation"):
             value = getattr(self, name)
             need(value is None or value in ACT2FN, f"{name}={value!r} is unknown; use one of {sorted(ACT2FN)}")
         for name in ("norm_eps", "attention_scale", "attn_logit_softcapping", "final_logit_softcapping"):
@@ -363,6 +391,30 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         need(
             self.type_vocab_size == 0 or self.architecture == "encoder",
             f"type_vocab_size={self.type_vocab_size} is for architecture='encoder'; set it to 0",
+        )
+        need(
+            self.first_norm or self.norm_position in ("pre", "sandwich"),
+            f"first_norm=False leaves the norm before the first layer out, which norm_position={self.norm_position!r} "
+            "does not allow; set it to True",
+        )
+        need(
+            self.position_counting == "mask" or self.position_encoding in ("learned", "sinusoidal"),
+            f"position_counting={self.position_counting!r} is for learned and sinusoidal positions; this is "
+            f'position_encoding={self.position_encoding!r}: set it to "mask"',
+        )
+        need(
+            self.position_counting != "tokens" or self.pad_token_id is not None,
+            'position_counting="tokens" counts tokens other than pad_token_id, which is None; set it',
+        )
+        need(
+            self.position_counting != "tokens" or self.position_encoding != "learned" or self.position_offset > 0,
+            'position_counting="tokens" puts the pad token at position_offset - 1; '
+            f"position_offset={self.position_offset} must be positive",
+        )
+        need(
+            self.classifier_activation is not None or not (self.classifier_norm or self.token_classifier_dense),
+            "classifier_norm and token_classifier_dense belong to a dense layer, but classifier_activation is None; "
+            "set it to an activation",
         )
         need(
             not self.lm_head_transform or self.architecture == "encoder",

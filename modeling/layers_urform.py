@@ -76,15 +76,20 @@ class UrformEmbedding(nn.Embedding):
         return embeds if self.embed_scale == 1.0 else embeds * self.embed_scale
 
 
-def sinusoidal_positions(position_ids: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Sine on even and cosine on odd features (Vaswani et al. 2017, section 3.5): integer `[B, L]` to `[B, L, size]`.
+def sinusoidal_positions(position_ids: Tensor, size: int, dtype: torch.dtype, layout: str = "interleaved") -> Tensor:
+    """Waves of `config.sinusoidal_layout` (Vaswani et al. 2017, section 3.5): integer `[B, L]` to `[B, L, size]`.
 
-    Computed, not stored: no length is too long.
+    Computed, not stored: no length is too long. Tensor2tensor and fairseq compute in float32.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    rate = torch.exp(torch.arange(0, size, 2, device=position_ids.device, dtype=wide) * (-math.log(10000.0) / size))
+    half, device = size // 2, position_ids.device
+    steps, wide = half, torch.float32 if device.type == "mps" else torch.float64
+    if layout == "tensor2tensor":
+        steps, wide = half - 1, torch.promote_types(dtype, torch.float32)
+    rate = torch.exp(torch.arange(half, device=device, dtype=wide) * -(math.log(10000.0) / steps))
     angle = position_ids[..., None].to(wide) * rate
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2).to(dtype)
+    if layout == "interleaved":
+        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2).to(dtype)
+    return torch.cat((angle.sin(), angle.cos()), dim=-1).to(dtype)
 
 
 class UrformRotaryEmbedding(nn.Module):
@@ -247,7 +252,8 @@ class UrformAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, groups * width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=config.attention_bias)
+        out_bias = config.attention_bias if config.attention_out_bias is None else config.attention_out_bias
+        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=out_bias)
         self.q_norm = UrformRMSNorm(width, config.norm_eps, config.norm_offset) if config.qk_norm else None
         self.k_norm = UrformRMSNorm(width, config.norm_eps, config.norm_offset) if config.qk_norm else None
         if config.initializer == "gpt2":
@@ -361,6 +367,8 @@ class UrformLayer(GradientCheckpointingLayer):
                 self.add_module(f"{name}_norm", build_norm(config))
                 if config.norm_position == "sandwich":
                     self.add_module(f"{name}_post_norm", build_norm(config))
+        if layer_idx == 0 and not config.first_norm:
+            self.self_attn_norm = nn.Identity()
 
     def forward(
         self,
@@ -415,35 +423,34 @@ class UrformLayer(GradientCheckpointingLayer):
         return dropout_add(hidden, output, self.dropout, self.training)
 
 
-class UrformLMTransform(nn.Module):
-    """Dense, activation and norm before the output projection (BERT's MLM head; Devlin et al. 2019)."""
+class UrformTransform(nn.Module):
+    """Dense, activation and norm before an output layer (BERT's MLM head; Devlin et al. 2019)."""
 
-    def __init__(self, config: UrformConfig):
+    def __init__(self, config: UrformConfig, activation: str, norm: bool = True):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.norm = build_norm(config)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.transform_bias)
+        self.act_fn = ACT2FN[activation]
+        self.norm = build_norm(config) if norm else nn.Identity()
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(self.act_fn(self.dense(hidden)))
 
 
 class UrformClassifier(nn.Module):
-    """Dropout, dense and activation (if the config has one), dropout, output."""
+    """Dropout, transform (if the config has one), dropout, output."""
 
     def __init__(self, config: UrformConfig, num_labels: int, dense: bool = True):
         super().__init__()
         rate = config.classifier_dropout
         self.dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
-        self.dense = None
+        self.transform = None
         if dense and config.classifier_activation is not None:
-            self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-            self.act_fn = ACT2FN[config.classifier_activation]
-        self.out_proj = nn.Linear(config.hidden_size, num_labels)
+            self.transform = UrformTransform(config, config.classifier_activation, config.classifier_norm)
+        self.out_proj = nn.Linear(config.hidden_size, num_labels, bias=config.classifier_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.dense is not None:
-            hidden = self.act_fn(self.dense(self.dropout(hidden)))
+        if self.transform is not None:
+            hidden = self.transform(self.dropout(hidden))
         return self.out_proj(self.dropout(hidden))
 
 

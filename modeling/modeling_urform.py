@@ -34,15 +34,16 @@ from transformers.utils import can_return_tuple
 
 from ..configuration.configuration_urform import UrformConfig
 from .kernels.loss_linear_cross_entropy import linear_cross_entropy
-from .layers_urform import UrformClassifier, UrformLMTransform, keep_logits, pool, real_tokens
+from .layers_urform import UrformClassifier, UrformTransform, keep_logits, pool, real_tokens
 from .packing_urform import find_documents
 from .stack_urform import UrformDecoder, UrformEncoder, UrformPreTrainedModel
 
 
-def shift_right(ids: Tensor, start: int, pad: int, mask: Tensor | None = None) -> Tensor:
+def shift_right(ids: Tensor, start: int | Tensor, pad: int, mask: Tensor | None = None) -> Tensor:
     """Teacher forcing: `[start, x_0 .. x_{L-2}]`, where `mask` `[B, L]` says which tokens are real (None: all).
 
-    In a left-padded row the start token stands at the first real place, so the row is what it is without padding.
+    `start` is a token, or one for each row, `[B, 1]`. In a left-padded row it stands at the first real place, so the
+    row is what it is without padding.
     """
     shifted = ids.roll(1, dims=-1)
     if mask is None:
@@ -51,7 +52,7 @@ def shift_right(ids: Tensor, start: int, pad: int, mask: Tensor | None = None) -
     else:
         mask = mask.bool()
         first = mask & (mask.cumsum(-1) == 1)
-    shifted = shifted.masked_fill(first, start)
+    shifted = torch.where(first, start, shifted)
     shifted = shifted if mask is None else shifted.masked_fill(~mask, pad)
     return shifted.masked_fill(shifted == -100, pad)
 
@@ -72,6 +73,17 @@ def start_and_pad(config: UrformConfig) -> tuple[int, int]:
         if getattr(config, name) is None:
             raise ValueError(f"config.{name} is None, but the decoder's input is shifted with it; set it")
     return config.decoder_start_token_id, config.pad_token_id
+
+
+def decoder_inputs(config: UrformConfig, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What the decoder reads to predict `ids` `[B, L]`: them, shifted right behind the token that it starts with."""
+    start: int | Tensor
+    start, pad = start_and_pad(config)
+    if config.decoder_start_from_labels:
+        real = (ids != -100) & (ids != pad) if mask is None else mask.bool()
+        last = (torch.arange(ids.shape[1], device=ids.device) * real).amax(-1, keepdim=True)
+        start = ids.gather(1, last)
+    return shift_right(ids, start, pad, mask)
 
 
 def _rest(outputs: ModelOutput) -> dict[str, Any]:
@@ -217,10 +229,10 @@ class UrformModel(UrformPreTrainedModel):
             raise ValueError("decoder_input_ids is missing; give it, decoder_inputs_embeds or labels")
         if target["attention_mask"] is None:
             target["attention_mask"] = mask
-        start, pad = start_and_pad(self.config)
         if input_ids is not None:
-            target["input_ids"] = shift_right(input_ids, start, pad, mask)
+            target["input_ids"] = decoder_inputs(self.config, input_ids, mask)
             return
+        start, _ = start_and_pad(self.config)
         places = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
         places = shift_right(places, -1, 0, mask)  # which embedding comes here; -1 is the start token's
         first = self.decoder.embed_tokens(torch.full_like(places[:, :1], start))
@@ -265,7 +277,8 @@ class UrformLanguageModel(UrformPreTrainedModel):
     def __init__(self, config: UrformConfig):
         super().__init__(config)
         self.model = UrformModel(config)
-        self.transform = UrformLMTransform(config) if config.lm_head_transform else None
+        activation = config.lm_head_activation or config.hidden_act
+        self.transform = UrformTransform(config, activation) if config.lm_head_transform else None
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
@@ -375,7 +388,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Labels `[B, L]` shifted right, for collators and label smoothing."""
-        return shift_right(labels, *start_and_pad(self.config))
+        return decoder_inputs(self.config, labels)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -425,7 +438,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             if decoder_attention_mask is None and (self.training or not given) and kwargs.get("cu_seq_lens_q") is None:
                 decoder_attention_mask = real_targets(labels, given)
             if not given:
-                decoder_input_ids = shift_right(labels, *start_and_pad(self.config), decoder_attention_mask)
+                decoder_input_ids = decoder_inputs(self.config, labels, decoder_attention_mask)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -601,7 +614,7 @@ class UrformForTokenClassification(UrformPreTrainedModel):
     def __init__(self, config: UrformConfig):
         super().__init__(config)
         self.model = UrformModel(config)
-        self.classifier = UrformClassifier(config, config.num_labels, dense=False)
+        self.classifier = UrformClassifier(config, config.num_labels, dense=config.token_classifier_dense)
         self.post_init()
 
     @can_return_tuple
@@ -627,6 +640,9 @@ class UrformForQuestionAnswering(UrformPreTrainedModel):
     def __init__(self, config: UrformConfig):
         super().__init__(config)
         self.model = UrformModel(config)
+        self.transform = None
+        if config.token_classifier_dense:
+            self.transform = UrformTransform(config, config.classifier_activation, config.classifier_norm)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -651,7 +667,9 @@ class UrformForQuestionAnswering(UrformPreTrainedModel):
             use_cache=False if start_positions is not None else use_cache,
             **_without_loss(kwargs),
         )
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        hidden = outputs.last_hidden_state
+        hidden = hidden if self.transform is None else self.transform(hidden)
+        start_logits, end_logits = self.qa_outputs(hidden).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)

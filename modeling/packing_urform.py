@@ -154,15 +154,27 @@ def find_documents(
 
 
 def find_positions(
-    embeds: Tensor, mask: Tensor | None, cu_seq_lens: Tensor | None, documents: Tensor | None, past: int | Tensor
+    given: Tensor,
+    mask: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    documents: Tensor | None,
+    past: int | Tensor,
+    input_ids: Tensor | None,
+    config: PreTrainedConfig,
 ) -> Tensor:
-    """Positions `[B or 1, L]` that count real tokens from each document's first, after `past` cached ones."""
-    length = embeds.shape[1]
-    places = torch.arange(length, device=embeds.device)
+    """Positions `[B or 1, L]` of `given` `[B, L, ...]` in each document, after `past` cached tokens.
+
+    They count what `config.position_counting` says; by tokens, padding stands at -1.
+    """
+    length = given.shape[1]
+    places = torch.arange(length, device=given.device)
     if cu_seq_lens is not None and documents is not None:
         return places[None] - cu_seq_lens.to(places)[documents]
-    if mask is not None and mask.shape[1] >= length:
+    if config.position_counting == "mask" and mask is not None and mask.shape[1] >= length:
         return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    if config.position_counting == "tokens" and input_ids is not None:
+        real = input_ids != config.pad_token_id
+        return (real.long().cumsum(-1) - 1 + past).masked_fill(~real, -1)
     return (places + past)[None]
 
 

@@ -175,7 +175,8 @@ class UrformStack(UrformPreTrainedModel):
         sizes = config.stack_sizes(self.is_decoder)
         self.layer_types = sizes.layer_types
         scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
-        self.embed_tokens = UrformEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id, scale)
+        pad = config.pad_token_id if config.freeze_pad_embedding else None
+        self.embed_tokens = UrformEmbedding(config.vocab_size, config.hidden_size, pad, scale)
         self.embed_positions = self.embed_token_types = self.embed_norm = None
         self.rotary_emb = self.position_bias = self.norm = None
         if config.position_encoding == "learned":
@@ -248,7 +249,9 @@ class UrformStack(UrformPreTrainedModel):
     def _add_positions(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
         config = self.config
         if config.position_encoding == "sinusoidal":
-            return embeds + sinusoidal_positions(position_ids, config.hidden_size, embeds.dtype)
+            places = position_ids + config.position_offset
+            waves = sinusoidal_positions(places, config.hidden_size, embeds.dtype, config.sinusoidal_layout)
+            return embeds + (waves if config.position_counting != "tokens" else waves * (position_ids >= 0)[..., None])
         if self.embed_positions is None:
             return embeds
         if position_ids.device.type == "cpu" and not is_tracing(position_ids):
@@ -341,11 +344,13 @@ class UrformStack(UrformPreTrainedModel):
             packing = None if source is None else packing
 
         embeds = self._embed(input_ids, inputs_embeds, token_type_ids, packing)
-        if packing is not None:
-            position_ids = packing.layout.positions if position_ids is None else position_ids.expand(packing.shape)
-            position_ids = position_ids[None] if position_ids.ndim == 1 else packing.pack(position_ids)
-        elif position_ids is None:
-            position_ids = find_positions(embeds, mask, packed, documents, past)
+        laid_out = packing is not None and (self.config.position_counting == "mask" or packed is not None)
+        if position_ids is None and not laid_out:
+            position_ids = find_positions(given, mask, packed, documents, past, input_ids, self.config)
+        if packing is not None and position_ids is None:
+            position_ids = packing.layout.positions[None]
+        elif packing is not None:
+            position_ids = packing.pack(position_ids.expand(packing.shape))
         hidden_states = self._add_positions(embeds, position_ids)
         if self.embed_norm is not None:
             hidden_states = self.embed_norm(hidden_states)
