@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .configuration.configuration_urform import UrformConfig, list_presets
+    from .conversion.convert import from_transformers, to_transformers
     from .diagnostics.isolation import check_isolation
     from .diagnostics.kernels_check import check_kernels
     from .modeling.kernels.attention_biases import ALiBi, DenseBias, RelativeBias, T5Bias
@@ -64,12 +65,15 @@ __all__ = [
     "attention_backends",
     "check_isolation",
     "check_kernels",
+    "from_transformers",
     "linear_cross_entropy",
     "list_presets",
+    "to_transformers",
 ]
 
 _HOME = {
     "configuration.configuration_urform": ("UrformConfig", "list_presets"),
+    "conversion.convert": ("from_transformers", "to_transformers"),
     "diagnostics.isolation": ("check_isolation",),
     "diagnostics.kernels_check": ("check_kernels",),
     "modeling.kernels.attention_biases": ("ALiBi", "DenseBias", "RelativeBias", "T5Bias"),

@@ -1,0 +1,225 @@
+"""What every family is held to, in both directions: `check_parity(stock)`; used by tests/test_conversion_*.py.
+
+The stock model is the reference. Weights, biases and norms are random and non-zero; the logits are of order one, so
+that 1e-5 means something.
+"""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor
+
+import urform
+
+EXACT = 1e-5
+BOOKKEEPING = {"urform", "transformers_version", "architectures", "dtype", "_name_or_path"}
+
+
+def random_stock(name: str, seed: int = 0, **fields: Any) -> Any:
+    """A stock model of class `name` with random weights, in eval mode; `fields` are its config's."""
+    torch.manual_seed(seed)
+    model_class = getattr(hf, name)
+    model = model_class(model_class.config_class(**fields)).eval()
+    shake(model)
+    return model
+
+
+def shake(model: Any) -> None:
+    """Random weights, biases and norms, none of them zero; persistent buffers of floats too."""
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *(b for n, b in model.named_buffers() if n in model.state_dict())]:
+            if not tensor.is_floating_point():
+                continue
+            if tensor.ndim == 1:
+                tensor.add_(torch.randn_like(tensor) * 0.3)
+            else:
+                tensor.normal_(0.0, 0.3 if tensor.shape[0] > 2 * tensor.shape[1] else 1 / math.sqrt(tensor.shape[1]))
+
+
+def padded(side: str, vocab: int, pad: int, length: int = 9, rows: int = 3) -> tuple[Tensor, Tensor]:
+    """Ids and mask `[rows, length]`: the first row without padding, the others with more and more on one side or none."""
+    ids = torch.randint(3, vocab, (rows, length))
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        cut = {"left": slice(None, row * 2), "right": slice(length - row * 2, None), "none": slice(0)}[side]
+        mask[row, cut] = 0
+    return ids.masked_fill(mask == 0, pad), mask
+
+
+def largest(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item() if a.numel() else 0.0
+
+
+def close(have: Tensor, want: Tensor, what: str, where: Tensor | None = None) -> float:
+    """Asserts that they are equal to within 1e-5, of their own size if that is more than one; returns the difference."""
+    assert have.shape == want.shape, f"{what}: {tuple(have.shape)} instead of {tuple(want.shape)}"
+    if where is not None:
+        have, want = have[where], want[where]
+    difference = largest(have, want)
+    assert difference <= EXACT * max(1.0, want.abs().max().item()), f"{what} differs by {difference:.2e}"
+    return difference
+
+
+def inputs_of(model: Any, kind: str, side: str) -> dict[str, Tensor]:
+    """Inputs with labels for a model whose class of ours is `kind`."""
+    config = model.config
+    vocab, pad = config.vocab_size, 0 if config.pad_token_id is None else config.pad_token_id
+    ids, mask = padded(side, vocab, pad)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if kind == "UrformForMultipleChoice":
+        more, more_mask = padded(side, vocab, pad)
+        inputs = {"input_ids": torch.stack((ids, more), 1), "attention_mask": torch.stack((mask, more_mask), 1)}
+        return {**inputs, "labels": torch.tensor([0, 1, 1])}
+    if kind == "UrformForCausalLM":
+        labels = ids.masked_fill(mask == 0, -100)
+        if side == "left":  # the stock model lets the last place of padding predict the first token
+            labels[torch.arange(3), mask.argmax(1)] = -100
+        return {**inputs, "labels": labels}
+    if kind == "UrformForMaskedLM":
+        return {**inputs, "labels": torch.randint(3, vocab, ids.shape).masked_fill(mask == 0, -100)}
+    if kind == "UrformForConditionalGeneration":
+        labels = torch.randint(3, vocab, (3, 7))
+        labels[1, 5:] = -100
+        return {**inputs, "labels": labels}
+    if kind == "UrformForSequenceClassification":
+        return {**inputs, "labels": torch.randint(0, config.num_labels, (3,))}
+    if kind == "UrformForTokenClassification":
+        return {**inputs, "labels": torch.randint(0, config.num_labels, ids.shape).masked_fill(mask == 0, -100)}
+    if kind == "UrformForQuestionAnswering":
+        first = mask.argmax(1)
+        return {**inputs, "start_positions": first, "end_positions": first + 1}
+    if config.is_encoder_decoder and kind == "UrformModel":
+        return {**inputs, "decoder_input_ids": torch.randint(3, vocab, (3, 7))}
+    return inputs
+
+
+def compare(stock: Any, ours: Any, side: str, **more: Any) -> float:
+    """Outputs, loss, hidden states of every layer and gradients of the embeddings; returns the largest difference.
+
+    Padding is compared nowhere, so a loss over all places (of an answer's start and end) only where there is none.
+    """
+    kind = type(ours).__name__
+    inputs = {**inputs_of(stock, kind, side), **more}
+    pairs = ours.config.is_encoder_decoder
+    real = inputs["attention_mask"].bool()
+    target = inputs["labels"] != -100 if pairs and kind == "UrformForConditionalGeneration" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = stock(**inputs, output_hidden_states=True)
+        have = ours(**inputs, output_hidden_states=True)
+    worst = 0.0
+    for name in ("logits", "start_logits", "end_logits", "last_hidden_state"):
+        if want.get(name) is None:
+            continue
+        where = None
+        if name == "logits" and kind in ("UrformForCausalLM", "UrformForMaskedLM", "UrformForTokenClassification"):
+            where = real
+        elif kind == "UrformForConditionalGeneration":
+            where = target
+        elif not pairs and name in ("last_hidden_state", "start_logits", "end_logits"):
+            where = real
+        worst = max(worst, close(have[name], want[name], f"{name} ({side})", where))
+    for name in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
+        if want.get(name) is None:
+            continue
+        assert len(have[name]) == len(want[name]), name
+        where = target if name == "decoder_hidden_states" else real.flatten(0, -2)
+        for i, (a, b) in enumerate(zip(have[name], want[name], strict=True)):
+            close(a, b, f"{name}[{i}] ({side})", where)
+    if want.get("loss") is not None and (kind != "UrformForQuestionAnswering" or side == "none"):
+        close(have.loss, want.loss, f"loss ({side})")
+        for model, output in ((stock, want), (ours, have)):
+            model.zero_grad()
+            output.loss.backward()
+        grads = [model.get_input_embeddings().weight.grad for model in (ours, stock)]
+        close(*grads, f"gradient of the embeddings ({side})")
+    return worst
+
+
+def compare_pad_row(stock: Any, ours: Any) -> None:
+    """The pad token in the middle of a text: whether its row trains."""
+    if stock.config.pad_token_id is None:
+        return
+    inputs = inputs_of(stock, type(ours).__name__, "right")
+    inputs["input_ids"][0, 3] = stock.config.pad_token_id
+    for model in (stock, ours):
+        model.zero_grad()
+        model(**inputs).loss.backward()
+    close(
+        ours.get_input_embeddings().weight.grad,
+        stock.get_input_embeddings().weight.grad,
+        "gradient of the embeddings with a pad token inside a text",
+    )
+
+
+def compare_generation(stock: Any, ours: Any, new_tokens: int = 6) -> None:
+    """Greedy with and without cache, and beams: token for token, in a left-padded batch."""
+    pad = 0 if stock.config.pad_token_id is None else stock.config.pad_token_id
+    ids, mask = padded("right" if stock.config.is_encoder_decoder else "left", stock.config.vocab_size, pad)
+    for settings in ({}, {"use_cache": False}, {"num_beams": 3}):
+        settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, **settings}
+        have = ours.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **settings)
+        want = stock.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **settings)
+        assert have.tolist() == want.tolist(), f"generation with {settings}"
+
+
+def compare_cached(stock: Any, ours: Any) -> None:
+    """A decoder's logits piece by piece through a cache, against the stock model's."""
+    ids, _ = padded("none", stock.config.vocab_size, 0, rows=2)
+    caches: dict[Any, Any] = {}
+    with torch.no_grad():
+        for piece in ids.split([4, 1, 4], dim=1):
+            logits = []
+            for model in (ours, stock):
+                output = model(input_ids=piece, past_key_values=caches.get(model), use_cache=True)
+                caches[model] = output.past_key_values
+                logits.append(output.logits)
+            close(*logits, "logits through the cache")
+
+
+def same_state(have: Any, want: Any) -> None:
+    """Bit-equal tensors under the same names."""
+    a, b = have.state_dict(), want.state_dict()
+    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    return {k: v for k, v in model.config.to_dict().items() if k not in BOOKKEEPING}
+
+
+def check_round_trip(ours: Any, family: str | None = None) -> Any:
+    """Urform -> stock -> Urform: weights bit-equal, config equal; returns the stock model."""
+    stock = urform.to_transformers(ours, family)
+    again = urform.from_transformers(stock)
+    same_state(again, ours)
+    assert type(again) is type(ours) and config_of(again) == config_of(ours)
+    return stock
+
+
+def check_parity(stock: Any, *, generate: bool | None = None) -> float:
+    """Everything: forward with padding on both sides, gradients, generation, the way back. Returns the difference of logits.
+
+    Args:
+        stock: A stock model in eval mode (`random_stock`).
+        generate: Whether to generate; None: where the class can.
+    """
+    ours = urform.from_transformers(stock)
+    assert not ours.training and ours.dtype == stock.dtype
+    worst = max(compare(stock, ours, side) for side in ("none", "right", "left"))
+    kind = type(ours).__name__
+    if kind in ("UrformForCausalLM", "UrformForMaskedLM", "UrformForConditionalGeneration"):
+        compare_pad_row(stock, ours)
+    if ours.can_generate() if generate is None else generate:
+        compare_generation(stock, ours)
+    if kind == "UrformForCausalLM":
+        compare_cached(stock, ours)
+    back = check_round_trip(ours)
+    assert type(back) is type(stock)
+    same_state(back, stock)
+    assert config_of(back) == config_of(stock)
+    return worst
