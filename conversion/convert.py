@@ -42,7 +42,8 @@ _REFUSED = ("quantization_config", "auto_map", "per_layer_config")
 
 
 def _public(config: PreTrainedConfig) -> dict[str, Any]:
-    return {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    names = _names(config)  # OPT has a field that begins with an underscore
+    return {name: value for name, value in vars(config).items() if name in names or not name.startswith("_")}
 
 
 def _names(config: PreTrainedConfig) -> set[str]:
@@ -65,7 +66,7 @@ def _rope(config: UrformConfig) -> dict[str, dict[str, Any]]:
 
 
 def what_matters(config: UrformConfig, ours: str) -> dict[str, Any]:
-    """The fields on which the numbers of a model of class `ours` depend, in one spelling: equal if and only if they are.
+    """The fields on which the numbers of a model of class `ours` depend, each in one spelling.
 
     Dropout and initialisation are left out, and so is every axis that this config does not use.
     """
@@ -195,7 +196,7 @@ def urform_config(
             continue
         if name in family.training_only:
             lost[name] = kept[name] = value
-        elif name in family.ignored or name not in back:
+        elif name in family.ignored or name not in back or (back[name] is None and value is False):
             kept[name] = value
         else:
             obstacles[name] = repr(value)
@@ -254,8 +255,8 @@ def stock_config(config: UrformConfig, family: Family, head: Head) -> PreTrained
     lost = {k: v for k, v in differ.items() if k in _TRAINING_ONLY and v is not None}
     if lost:
         warnings.warn(
-            f"only training depends on {_listed({k: repr(v) for k, v in lost.items()})}, which {family.model_type} lacks; "
-            "kept in its config's attribute `urform` for the way back",
+            f"only training depends on {_listed({k: repr(v) for k, v in lost.items()})}, which {family.model_type} "
+            "lacks; kept in its config's attribute `urform` for the way back",
             stacklevel=3,
         )
     if config.source_family != family.model_type:

@@ -2,10 +2,42 @@
 """Decoder families as tables; see `family.py` for the format."""
 
 import copy
+from typing import Any
 
-from .family import Axis, Family, Head, Rule, modules, same
+from ..configuration.configuration_urform import UrformConfig
+from .family import INTERLEAVED, PARTS, TRANSPOSED, TRANSPOSED_PARTS, Axis, Family, Head, Rule, modules, same
 
-_GENERIC_SCORE = modules("score", "classifier.out_proj", {"": ""})  # transformers' generic classifiers
+
+def _heads(
+    name: str,
+    *kinds: str,
+    model: str | None = None,
+    language: str | None = None,
+    tokens: str = "score",
+    token_axes: tuple[Axis, ...] = (),
+) -> tuple[Head, ...]:
+    """The usual classes of a decoder; `kinds` are those that it has besides model and language model.
+
+    The sequence classifier's layer is `score`, without a bias; `tokens` names the token classifier's.
+    """
+    heads = {
+        "ForSequenceClassification": (
+            modules("", "", {"score": "classifier.out_proj"}),
+            {"classifier_bias": False},
+            (),
+        ),
+        "ForTokenClassification": (modules("", "", {tokens: "classifier.out_proj"}), {}, token_axes),
+        "ForQuestionAnswering": (modules("", "", {"qa_outputs": "qa_outputs"}), {}, ()),
+    }
+    return (
+        Head("UrformModel", model or f"{name}Model"),
+        Head("UrformForCausalLM", language or f"{name}ForCausalLM", modules("", "", {"lm_head": "lm_head"})),
+        *(Head(f"Urform{kind}", f"{name}{kind}", heads[kind][0], heads[kind][1], heads[kind][2]) for kind in kinds),
+    )
+
+
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+_ALL = (*_CLASSIFIERS, "ForQuestionAnswering")
 
 ROPE = Axis(
     lambda stock: {"rope_parameters": copy.deepcopy(stock.rope_parameters)},
@@ -13,74 +45,377 @@ ROPE = Axis(
 )
 
 
-def _heads(name: str, *heads: str) -> tuple[Head, ...]:
-    """The classes that transformers derives for most decoders."""
-    table = {
-        "Model": Head("UrformModel", f"{name}Model"),
-        "ForCausalLM": Head("UrformForCausalLM", f"{name}ForCausalLM", modules("", "", {"lm_head": "lm_head"})),
-        "ForSequenceClassification": Head(
-            "UrformForSequenceClassification",
-            f"{name}ForSequenceClassification",
-            _GENERIC_SCORE,
-            fixed={"classifier_bias": False},
-        ),
-        "ForTokenClassification": Head("UrformForTokenClassification", f"{name}ForTokenClassification", _GENERIC_SCORE),
-        "ForQuestionAnswering": Head(
-            "UrformForQuestionAnswering",
-            f"{name}ForQuestionAnswering",
-            modules("", "", {"qa_outputs": "qa_outputs"}),
-        ),
-    }
-    return tuple(table[head] for head in heads or table)
+def _classifier_rate(config: UrformConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
 
 
-_LLAMA_FIXED = {
+# transformers' token classifiers read an attribute that most of their configs do not declare; 0.1 where it is missing.
+_TOKEN_DROPOUT = Axis(
+    lambda stock: {"classifier_dropout": 0.1 if (rate := getattr(stock, "classifier_dropout", None)) is None else rate},
+    lambda config: {} if (rate := _classifier_rate(config)) == 0.1 else {"classifier_dropout": rate},
+)
+_DECODER = {
     "architecture": "decoder",
     "norm_position": "pre",
-    "norm_type": "rmsnorm",
-    "position_encoding": "rope",
-    "gated_mlp": True,
     "classifier_pooling": "last",
     "classifier_activation": None,
     "classifier_dropout": 0.0,
 }
-_LLAMA_FIELDS = {
-    **same(
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "max_position_embeddings",
-        "initializer_range",
-        "attention_dropout",
+_SIZES = same("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "initializer_range")
+
+
+# --------------------------------------------------------------------------------- learned positions, ALiBi, GPT-NeoX
+
+_FOUR_TIMES = Axis(lambda stock: {"intermediate_size": 4 * stock.hidden_size}, lambda config: {})
+_NEOX_LAYER = {
+    "input_layernorm": "self_attn_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "mlp.dense_h_to_4h": "mlp.up_proj",
+    "mlp.dense_4h_to_h": "mlp.down_proj",
+}
+
+
+def _fused(stock: str, weight: Any, bias: Any) -> tuple[Rule, ...]:
+    """Rules of one layer for queries, keys and values: `stock` in the layer there, three here."""
+    return tuple(
+        Rule(f"{stock}.{kind}", tuple(f"decoder.layers.{{i}}.self_attn.{x}_proj.{kind}" for x in "qkv"), op)
+        for kind, op in (("weight", weight), ("bias", bias))
+    )
+
+
+def _gpt2_to_stock(config: UrformConfig) -> dict[str, Any]:
+    return {
+        "n_inner": config.intermediate_size,
+        "embd_pdrop": config.hidden_dropout_prob,
+        "scale_attn_weights": config.attention_scale != 1.0,
+    }
+
+
+GPT2 = Family(
+    "gpt2",
+    "GPT2Config",
+    heads=_heads("GPT2", *_ALL, language="GPT2LMHeadModel", tokens="classifier", token_axes=(_TOKEN_DROPOUT,)),
+    weights=(
+        Rule("wte.weight", "decoder.embed_tokens.weight"),
+        Rule("wpe.weight", "decoder.embed_positions.weight"),
+        *modules("", "decoder.", {"ln_f": "norm"}),
+        *modules("h.{i}.", "decoder.layers.{i}.", {"ln_1": "self_attn_norm", "ln_2": "mlp_norm"}),
+        *modules(
+            "h.{i}.",
+            "decoder.layers.{i}.",
+            {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"},
+            TRANSPOSED,
+        ),
+        *_fused("h.{i}.attn.c_attn", TRANSPOSED_PARTS, PARTS),
     ),
+    fixed={
+        **_DECODER,
+        "position_encoding": "learned",
+        "position_counting": "columns",
+        "initializer": "gpt2",
+        "freeze_pad_embedding": False,
+    },
+    fields={
+        **_SIZES,
+        **same("max_position_embeddings"),
+        "hidden_act": "activation_function",
+        "norm_eps": "layer_norm_epsilon",
+        "hidden_dropout_prob": "resid_pdrop",
+        "attention_dropout": "attn_pdrop",
+    },
+    axes=(
+        Axis(
+            lambda stock: {
+                "intermediate_size": stock.n_inner or 4 * stock.n_embd,
+                "attention_scale": None if stock.scale_attn_weights else 1.0,
+            },
+            _gpt2_to_stock,
+        ),
+    ),
+    training_only=("embd_pdrop",),
+    ignored=(
+        *("n_inner", "reorder_and_upcast_attn", "summary_type", "summary_use_proj", "summary_activation"),
+        *("summary_proj_to_labels", "summary_first_dropout"),
+    ),
+)
+
+OPT = Family(
+    "opt",
+    "OPTConfig",
+    heads=_heads("OPT", "ForSequenceClassification", "ForQuestionAnswering"),
+    weights=(
+        Rule("decoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        Rule("decoder.embed_positions.weight", "decoder.embed_positions.weight"),
+        *modules("decoder.", "decoder.", {"final_layer_norm": "norm"}),
+        *modules(
+            "decoder.layers.{i}.",
+            "decoder.layers.{i}.",
+            {
+                **{f"self_attn.{x}_proj": f"self_attn.{x}_proj" for x in "qkv"},
+                "self_attn.out_proj": "self_attn.o_proj",
+                "self_attn_layer_norm": "self_attn_norm",
+                "final_layer_norm": "mlp_norm",
+                "fc1": "mlp.up_proj",
+                "fc2": "mlp.down_proj",
+            },
+        ),
+    ),
+    fixed={**_DECODER, "norm_eps": 1e-5, "position_encoding": "learned", "position_offset": 2},
+    fields={
+        **{ours: theirs for ours, theirs in _SIZES.items() if ours != "initializer_range"},
+        **same("max_position_embeddings", "attention_dropout"),
+        "initializer_range": "init_std",
+        "intermediate_size": "ffn_dim",
+        "hidden_act": "activation_function",
+        "hidden_dropout_prob": "dropout",
+    },
+    axes=(
+        Axis(  # OPT 350m normalises behind; checkpoints before transformers 4.20 have no final norm
+            lambda stock: {
+                "norm_position": "pre" if stock.do_layer_norm_before else "post",
+                "final_norm": stock.do_layer_norm_before and not stock._remove_final_layer_norm,
+                "attention_bias": stock.enable_bias,
+                "mlp_bias": stock.enable_bias,
+            },
+            lambda config: {
+                "do_layer_norm_before": config.norm_position == "pre",
+                "_remove_final_layer_norm": config.norm_position == "pre" and config.final_norm is False,
+                "enable_bias": config.attention_bias,
+            },
+        ),
+    ),
+    training_only=("layerdrop",),
+)
+
+GPT_NEOX = Family(
+    "gpt_neox",
+    "GPTNeoXConfig",
+    heads=_heads("GPTNeoX", *_ALL, tokens="classifier"),
+    weights=(
+        Rule("embed_in.weight", "decoder.embed_tokens.weight"),
+        *modules("", "decoder.", {"final_layer_norm": "norm"}),
+        *modules("layers.{i}.", "decoder.layers.{i}.", {**_NEOX_LAYER, "attention.dense": "self_attn.o_proj"}),
+        *_fused("layers.{i}.attention.query_key_value", INTERLEAVED, INTERLEAVED),
+    ),
+    fixed={**_DECODER, "position_encoding": "rope", "freeze_pad_embedding": False},
+    fields={
+        **_SIZES,
+        **same("intermediate_size", "hidden_act", "max_position_embeddings"),
+        **same("attention_bias", "attention_dropout", "classifier_dropout"),
+        "norm_eps": "layer_norm_eps",
+        "hidden_dropout_prob": "hidden_dropout",
+    },
+    axes=(
+        ROPE,
+        Axis(
+            lambda stock: {"norm_position": "parallel" if stock.use_parallel_residual else "pre"},
+            lambda config: {
+                "use_parallel_residual": config.norm_position == "parallel",
+                "classifier_dropout": _classifier_rate(config),
+            },
+        ),
+    ),
+    ignored=("is_decoder",),
+)
+
+BLOOM = Family(
+    "bloom",
+    "BloomConfig",
+    heads=_heads(
+        "Bloom",
+        *_ALL,
+        tokens="classifier",
+        token_axes=(Axis(lambda stock: {"classifier_dropout": None}, lambda config: {}),),
+    ),
+    weights=(
+        Rule("word_embeddings.weight", "decoder.embed_tokens.weight"),
+        *modules("", "decoder.", {"word_embeddings_layernorm": "embed_norm", "ln_f": "norm"}),
+        *modules("h.{i}.", "decoder.layers.{i}.", {**_NEOX_LAYER, "self_attention.dense": "self_attn.o_proj"}),
+        *_fused("h.{i}.self_attention.query_key_value", INTERLEAVED, INTERLEAVED),
+    ),
+    fixed={
+        **_DECODER,
+        "position_encoding": "alibi",
+        "embedding_norm": True,
+        "hidden_act": "gelu_pytorch_tanh",
+        "freeze_pad_embedding": False,
+    },
+    fields={
+        **_SIZES,
+        **same("attention_dropout"),
+        "norm_eps": "layer_norm_epsilon",
+        "hidden_dropout_prob": "hidden_dropout",
+    },
+    axes=(_FOUR_TIMES,),
+    ignored=("pretraining_tp",),
+)
+
+
+# ------------------------------------------------------------------------------------------------- Llama and its kin
+
+_LLAMA = {**_DECODER, "norm_type": "rmsnorm", "position_encoding": "rope", "gated_mlp": True}
+_LLAMA_FIELDS = {
+    **_SIZES,
+    **same("intermediate_size", "num_key_value_heads", "max_position_embeddings", "attention_dropout"),
     "norm_eps": "rms_norm_eps",
 }
 _LLAMA_LAYER = {
     **{f"self_attn.{x}_proj": f"self_attn.{x}_proj" for x in "qkvo"},
     **{f"mlp.{x}_proj": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
     "input_layernorm": "self_attn_norm",
-    "post_attention_layernorm": "mlp_norm",
 }
-_LLAMA_WEIGHTS = (
-    Rule("embed_tokens.weight", "decoder.embed_tokens.weight"),
-    Rule("norm.weight", "decoder.norm.weight"),
-    *modules("layers.{i}.", "decoder.layers.{i}.", _LLAMA_LAYER),
-)
+_QK_NORMS = {f"self_attn.{x}_norm": f"self_attn.{x}_norm" for x in "qk"}
+
+
+def _llama_weights(**layer: str) -> tuple[Rule, ...]:
+    names = {**_LLAMA_LAYER, **_QK_NORMS, **(layer or {"post_attention_layernorm": "mlp_norm"})}
+    return (
+        Rule("embed_tokens.weight", "decoder.embed_tokens.weight"),
+        Rule("norm.weight", "decoder.norm.weight"),
+        *modules("layers.{i}.", "decoder.layers.{i}.", names),
+    )
+
 
 LLAMA = Family(
     "llama",
     "LlamaConfig",
-    heads=_heads("Llama"),
-    weights=_LLAMA_WEIGHTS,
-    fixed=_LLAMA_FIXED,
-    fields={**_LLAMA_FIELDS, **same("attention_bias", "mlp_bias")},
+    heads=_heads("Llama", *_ALL, token_axes=(_TOKEN_DROPOUT,)),
+    weights=_llama_weights(),
+    fixed=_LLAMA,
+    fields={**_LLAMA_FIELDS, **same("hidden_act", "head_dim", "attention_bias", "mlp_bias")},
     axes=(ROPE,),
     ignored=("pretraining_tp",),
 )
 
-DECODERS = (LLAMA,)
+MISTRAL = Family(
+    "mistral",
+    "MistralConfig",
+    heads=_heads("Mistral", *_ALL, token_axes=(_TOKEN_DROPOUT,)),
+    weights=_llama_weights(),
+    fixed={**_LLAMA, "attention_bias": False, "mlp_bias": False},
+    fields={**_LLAMA_FIELDS, **same("hidden_act", "head_dim")},
+    axes=(
+        ROPE,
+        Axis(  # one window for all layers
+            lambda stock: {
+                "sliding_window": stock.sliding_window,
+                "layer_types": stock.num_hidden_layers
+                * ["full_attention" if stock.sliding_window is None else "sliding_attention"],
+            },
+            lambda config: {
+                "sliding_window": config.sliding_window if "sliding_attention" in config.layer_types else None
+            },
+        ),
+    ),
+)
+
+# Which layers have the window: the list says it; the older spellings are read when a config is made.
+_QWEN_WINDOW = Axis(
+    lambda stock: {"sliding_window": stock.sliding_window, "layer_types": list(stock.layer_types)},
+    lambda config: {
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": config.sliding_window is not None,
+        "layer_types": list(config.layer_types),
+    },
+)
+_QWEN = {**_LLAMA, "mlp_bias": False}
+_QWEN_FIELDS = {**_LLAMA_FIELDS, **same("hidden_act")}
+_QWEN_IGNORED = ("max_window_layers", "use_sliding_window")
+
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2Config",
+    heads=_heads("Qwen2", *_ALL, token_axes=(_TOKEN_DROPOUT,)),
+    weights=_llama_weights(),
+    fixed={**_QWEN, "attention_bias": True, "attention_out_bias": False},
+    fields=_QWEN_FIELDS,
+    axes=(
+        ROPE,
+        _QWEN_WINDOW,
+        Axis(  # no field, but its attention looks for one
+            lambda stock: {"head_dim": getattr(stock, "head_dim", None)},
+            lambda config: (
+                {}
+                if config.head_dim * config.num_attention_heads == config.hidden_size
+                else {"head_dim": config.head_dim}
+            ),
+        ),
+    ),
+    ignored=_QWEN_IGNORED,
+)
+
+QWEN3 = Family(
+    "qwen3",
+    "Qwen3Config",
+    heads=_heads("Qwen3", *_ALL, token_axes=(_TOKEN_DROPOUT,)),
+    weights=_llama_weights(),
+    fixed={**_QWEN, "qk_norm": True},
+    fields={**_QWEN_FIELDS, **same("head_dim", "attention_bias")},
+    axes=(ROPE, _QWEN_WINDOW),
+    ignored=_QWEN_IGNORED,
+)
+
+
+def _query_scalar(config: UrformConfig) -> int | float:
+    """`query_pre_attn_scalar`, whose root divides the scores: an integer if it is one but for rounding."""
+    if config.attention_scale is None:
+        return config.head_dim
+    scalar = config.attention_scale**-2
+    return round(scalar) if round(scalar) ** -0.5 == config.attention_scale else scalar
+
+
+_GEMMA = {
+    **_LLAMA,
+    "norm_position": "sandwich",
+    "norm_offset": 1.0,
+    "scale_embedding": True,
+    "mlp_bias": False,
+}
+_GEMMA_FIELDS = {
+    **_LLAMA_FIELDS,
+    **same("head_dim", "attention_bias", "sliding_window", "layer_types"),
+    **same("attn_logit_softcapping", "final_logit_softcapping"),
+    "hidden_act": "hidden_activation",
+}
+_GEMMA_WEIGHTS = _llama_weights(
+    post_attention_layernorm="self_attn_post_norm",
+    pre_feedforward_layernorm="mlp_norm",
+    post_feedforward_layernorm="mlp_post_norm",
+)
+_QUERY_SCALAR = Axis(
+    lambda stock: {"attention_scale": stock.query_pre_attn_scalar**-0.5},
+    lambda config: {"query_pre_attn_scalar": _query_scalar(config)},
+)
+
+GEMMA2 = Family(
+    "gemma2",
+    "Gemma2Config",
+    heads=_heads("Gemma2", *_CLASSIFIERS, token_axes=(_TOKEN_DROPOUT,)),
+    weights=_GEMMA_WEIGHTS,
+    fixed=_GEMMA,
+    fields=_GEMMA_FIELDS,
+    axes=(ROPE, _QUERY_SCALAR),
+)
+
+
+def _rope_per_type(config: UrformConfig) -> dict[str, Any]:
+    given = config.rope_parameters or {}
+    if given and not config.rope_is_per_layer_type:
+        given = dict.fromkeys(("full_attention", "sliding_attention"), given)
+    return {"rope_parameters": copy.deepcopy(given)}
+
+
+GEMMA3 = Family(
+    "gemma3_text",
+    "Gemma3TextConfig",
+    heads=(
+        *_heads("Gemma3", model="Gemma3TextModel"),
+        *_heads("Gemma3Text", "ForSequenceClassification")[2:],
+    ),
+    weights=_GEMMA_WEIGHTS,
+    fixed={**_GEMMA, "qk_norm": True},
+    fields=_GEMMA_FIELDS,
+    axes=(Axis(ROPE.to_urform, _rope_per_type), _QUERY_SCALAR),
+)
+
+DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, GPT_NEOX, GPT2, OPT, BLOOM)

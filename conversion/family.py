@@ -11,23 +11,24 @@ tensor without a rule. A worked example, complete but for its other heads:
         "gpt2",
         "GPT2Config",
         fixed={"architecture": "decoder", "position_encoding": "learned", "classifier_activation": None},
-        fields={**same("vocab_size", "hidden_size"), "norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},
-        axes=(Axis(                                               # n_inner=None stands for 4 * n_embd
-            lambda stock: {"intermediate_size": stock.n_inner or 4 * stock.n_embd},
-            lambda config: {"n_inner": config.intermediate_size},
-        ),),
-        ignored=("n_inner",),                                     # the axis reads it, None and 4 * n_embd are one
-        training_only=("initializer_range", "embd_pdrop"),
+        fields={**same("vocab_size", "hidden_size"), "norm_eps": "layer_norm_epsilon"},
+        axes=(
+            Axis(  # n_inner=None stands for 4 * n_embd
+                lambda stock: {"intermediate_size": stock.n_inner or 4 * stock.n_embd},
+                lambda config: {"n_inner": config.intermediate_size},
+            ),
+        ),
+        ignored=("n_inner",),  # the axis reads it; None and 4 * n_embd are one
+        training_only=("embd_pdrop",),
         heads=(
             Head("UrformModel", "GPT2Model"),
             Head("UrformForCausalLM", "GPT2LMHeadModel", (Rule("lm_head.weight", "lm_head.weight"),)),
         ),
-        weights=(                                                 # as in the bare models: no "transformer.", no "model."
+        weights=(  # as in the bare models: no "transformer.", no "model."
             Rule("wte.weight", "decoder.embed_tokens.weight"),
             *modules("h.{i}.", "decoder.layers.{i}.", {"ln_1": "self_attn_norm"}),
-            Rule("h.{i}.attn.c_attn.weight", tuple(f"decoder.layers.{{i}}.self_attn.{x}_proj.weight" for x in "qkv"),
-                 TRANSPOSED_PARTS),
-            Rule("h.{i}.attn.c_attn.bias", tuple(f"decoder.layers.{{i}}.self_attn.{x}_proj.bias" for x in "qkv"), PARTS),
+            Rule("h.{i}.attn.c_attn.weight", QKV_WEIGHTS, TRANSPOSED_PARTS),  # a tuple of three names of ours
+            Rule("h.{i}.attn.c_attn.bias", QKV_BIASES, PARTS),
         ),
     )
 

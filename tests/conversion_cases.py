@@ -22,7 +22,9 @@ def random_stock(name: str, seed: int = 0, **fields: Any) -> Any:
     """A stock model of class `name` with random weights, in eval mode; `fields` are its config's."""
     torch.manual_seed(seed)
     model_class = getattr(hf, name)
-    model = model_class(model_class.config_class(**fields)).eval()
+    config = model_class.config_class(**fields)
+    config._attn_implementation = "eager"  # the definition; sdpa knows no softcap
+    model = model_class(config).eval()
     shake(model)
     return model
 
@@ -40,7 +42,7 @@ def shake(model: Any) -> None:
 
 
 def padded(side: str, vocab: int, pad: int, length: int = 9, rows: int = 3) -> tuple[Tensor, Tensor]:
-    """Ids and mask `[rows, length]`: the first row without padding, the others with more and more on one side or none."""
+    """Ids and mask `[rows, length]`: more and more padding from the second row on, on one side or none."""
     ids = torch.randint(3, vocab, (rows, length))
     mask = torch.ones_like(ids)
     for row in range(1, rows):
@@ -54,7 +56,7 @@ def largest(a: Tensor, b: Tensor) -> float:
 
 
 def close(have: Tensor, want: Tensor, what: str, where: Tensor | None = None) -> float:
-    """Asserts that they are equal to within 1e-5, of their own size if that is more than one; returns the difference."""
+    """Asserts that they are equal to within 1e-5, of their size if that is more than one; returns the difference."""
     assert have.shape == want.shape, f"{what}: {tuple(have.shape)} instead of {tuple(want.shape)}"
     if where is not None:
         have, want = have[where], want[where]
@@ -202,7 +204,7 @@ def check_round_trip(ours: Any, family: str | None = None) -> Any:
 
 
 def check_parity(stock: Any, *, generate: bool | None = None) -> float:
-    """Everything: forward with padding on both sides, gradients, generation, the way back. Returns the difference of logits.
+    """Everything: forward with padding, gradients, generation, the way back; returns the difference of logits.
 
     Args:
         stock: A stock model in eval mode (`random_stock`).
