@@ -143,14 +143,12 @@ def _register_models(auto: Any, configuration: Any) -> None:
         mapping._model_mapping["urform"] = name
 
 
-def _register_tokenizer_name(auto: Any) -> None:
+def _register_tokenizer(auto: Any) -> None:
+    # By its name alone: were it also in TOKENIZER_MAPPING, transformers would take a repository's copy of the class with
+    # trust_remote_code=True, and not, as it does for models, the installed one.
     if not isinstance(auto.REGISTERED_TOKENIZER_CLASSES, _LazyClasses):
         auto.REGISTERED_TOKENIZER_CLASSES = _LazyClasses(auto.REGISTERED_TOKENIZER_CLASSES)
     auto.REGISTERED_TOKENIZER_CLASSES["UrformTokenizer"] = "UrformTokenizer"
-
-
-def _register_tokenizer(auto: Any, configuration: Any) -> None:
-    _put(auto.TOKENIZER_MAPPING, configuration.UrformConfig, "UrformTokenizer")
 
 
 def _register_attention(modeling_utils: Any) -> None:
@@ -166,17 +164,36 @@ def _register_lora_targets(constants: Any) -> None:
     constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("urform", ["q_proj", "v_proj"])
 
 
+def _complete_card(folder: Any, repo_id: str) -> None:
+    from .publishing.model_card import complete_card
+
+    complete_card(folder, repo_id)
+
+
+def _register_card(bundle: Any) -> None:
+    if _complete_card not in bundle.BEFORE_UPLOAD:
+        bundle.BEFORE_UPLOAD.append(_complete_card)
+
+
+def _register_trainer(trainer: Any) -> None:
+    from .publishing.trainer_push import PublishCallback
+
+    if PublishCallback not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(PublishCallback)
+
+
 _CONFIGURATION = f"{__name__}.configuration.configuration_urform"
 _AUTO = "transformers.models.auto"
 # A rule runs whenever one of its modules has been imported (or reloaded) and all of them are there: with these modules.
 _RULES: list[tuple[Sequence[str], Callable[..., None]]] = [
     ((f"{_AUTO}.configuration_auto",), _register_config),
     ((f"{_AUTO}.modeling_auto", _CONFIGURATION), _register_models),
-    ((f"{_AUTO}.tokenization_auto",), _register_tokenizer_name),
-    ((f"{_AUTO}.tokenization_auto", _CONFIGURATION), _register_tokenizer),
+    ((f"{_AUTO}.tokenization_auto",), _register_tokenizer),
     (("transformers.modeling_utils",), _register_attention),
     (("transformers.modeling_utils", f"{__name__}.modeling.attention_interface"), _register_imported_attention),
     (("peft.utils.constants",), _register_lora_targets),
+    ((f"{__name__}.configuration.bundle_urform",), _register_card),
+    (("transformers.trainer",), _register_trainer),
 ]
 _WATCHED = frozenset(name for names, _ in _RULES for name in names)
 _imported: set[str] = set()

@@ -7,9 +7,10 @@ cannot follow an import into another folder. So:
 - `flatten_package` writes the modules of `FOLDERS` side by side, relative imports rewritten to `from .module import x`
   where the syntax tree finds them and not one other character changed. What the loader of transformers cannot follow is
   refused with file and line.
-- `BundledCodeMixin`, first base of the config, the models and the tokenizer, does this in `save_pretrained` (hence in
-  `push_to_hub` and in Trainer) once somebody has called `register_for_auto_class`, and writes an `auto_map` with every
-  head that the architecture has, where transformers records only the class that is being saved.
+- `BundledCodeMixin`, first base of the config, the models and the tokenizer, does this whenever something is published
+  (`push_to_hub`, `save_pretrained(push_to_hub=True)`, a Trainer that pushes) and in every `save_pretrained` once
+  somebody has called `register_for_auto_class`. With the code come an `auto_map` with every head that the architecture
+  has, where transformers records only the class that is being saved, `requirements.txt` and the stamp.
 - `HEADS` is the one table of Auto class, our class and the architectures that it serves.
 
 This module is part of the bundle itself. There, files already lie flat and transformers' own copying works.
@@ -20,9 +21,12 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+
+from .bundle_stamp import CONFIG_KEY, NEEDS, STAMP_NAME, config_stamp, need_libraries, read_stamp, write_stamp
 
 FOLDERS = ("configuration", "modeling", "modeling/kernels", "tokenization")
 ENTRIES = ("configuration_urform", "modeling_urform", "tokenization_urform")
@@ -44,6 +48,12 @@ HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
 IS_FLAT_COPY = Path(__file__).resolve().parent.name != "configuration"
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGE = __name__.partition(".")[0]
+if IS_FLAT_COPY:  # an installed Urform has had its requirements checked by pip
+    need_libraries()
+
+# Called with the folder and the repository's name before transformers uploads what a model wrote: the model card.
+BEFORE_UPLOAD: list[Callable[[Path, str], None]] = []
+_publishing: ContextVar[bool] = ContextVar("_publishing", default=False)
 
 # What a machine with nothing but transformers and torch can import.
 _AVAILABLE = frozenset(sys.stdlib_module_names) | {
@@ -194,28 +204,64 @@ def auto_map(architecture: str) -> dict[str, str]:
     return {"AutoConfig": "configuration_urform.UrformConfig", **heads}
 
 
-class BundledCodeMixin:
-    """Makes `save_pretrained` write the whole bundle when the class has been registered for an Auto class.
+def package_version() -> str:
+    """Return the version of the Urform that this module belongs to."""
+    return str(sys.modules[_PACKAGE].__version__)
 
-    First base of the config, the models and the tokenizer. Without `register_for_auto_class`, for a subclass defined
-    elsewhere, and in the flat copy, transformers' own code does its work (the `auto_map` is completed all the same).
+
+def write_code(directory: str | os.PathLike[str]) -> None:
+    """Write what makes a checkpoint load without Urform, next to it: the flat modules and `requirements.txt`."""
+    flatten_package(directory)
+    needs = "".join(f"{name}>={least}\n" for name, least in NEEDS.items())
+    _write(Path(directory) / "requirements.txt", needs)
+
+
+def publish_with(model_or_tokenizer: Any) -> None:
+    """Let every later `save_pretrained` of this model or tokenizer write the bundle, as if it were being pushed."""
+    if isinstance(model_or_tokenizer, BundledCodeMixin):
+        vars(model_or_tokenizer)["_is_published"] = True
+
+
+class BundledCodeMixin:
+    """Makes `save_pretrained` write the bundle where something is published, or its class registered for an Auto class.
+
+    First base of the config, the models and the tokenizer. Otherwise, for a subclass defined elsewhere, and in the flat
+    copy, transformers' own code does its work (the `auto_map` is completed all the same).
     """
 
     _auto_class: Any
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Save as transformers does, and the code with it if `register_for_auto_class` was called."""
+        """Save as transformers does, and the code with it if this is published or registered for an Auto class."""
         save = super().save_pretrained  # type: ignore[misc]
-        if type(self)._auto_class is None or not self._is_ours() or os.path.isfile(save_directory):
+        pushes = bool(kwargs.get("push_to_hub"))
+        wanted = type(self)._auto_class is not None or _publishing.get() or "_is_published" in vars(self)
+        if not (wanted or pushes) or not self._is_ours() or os.path.isfile(save_directory):
             return save(save_directory, *args, **kwargs)
         config: Any = self if hasattr(self, "to_json_file") else getattr(self, "config", None)
-        if config is not None:
-            config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map(config.architecture)}
         if IS_FLAT_COPY:
+            if config is not None and type(self)._auto_class is not None:
+                config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map(config.architecture)}
             return save(save_directory, *args, **kwargs)
-        flatten_package(save_directory)
-        with self._code_is_saved(config):
-            return save(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_code(save_directory)
+        token = _publishing.set(False)  # the config, which a model saves by itself, is written without code of its own
+        try:
+            with self._code_is_saved(config):
+                saved = save(save_directory, *args, **kwargs)
+        finally:
+            _publishing.reset(token)
+        if not pushes and kwargs.get("is_main_process", True):
+            write_stamp(save_directory, package_version())
+        return saved
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push as transformers does, with everything that lets the repository load where Urform is not installed."""
+        token = _publishing.set(True)
+        try:
+            return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _publishing.reset(token)
 
     @classmethod
     def _is_ours(cls) -> bool:
@@ -226,24 +272,59 @@ class BundledCodeMixin:
     def _code_is_saved(self, config: Any) -> Iterator[None]:
         """Keep transformers from copying code: the config, a model and a tokenizer are each asked in their own way."""
         own: dict[str, Any] = {"_auto_class": None}
+        stamped: dict[str, Any] = {}
         if config is None:
             own["_auto_map"] = {"AutoTokenizer": [f"tokenization_urform.{type(self).__name__}", None]}
-        elif config is not self:
-            own["is_remote_code"] = lambda: False
-        before = {name: vars(self)[name] for name in own if name in vars(self)}
-        vars(self).update(own)
-        try:
+        else:
+            stamped = {"auto_map": auto_map(config.architecture), CONFIG_KEY: config_stamp(package_version())}
+            if config is not self:
+                own["is_remote_code"] = lambda: False
+        with _attributes(self, own), _attributes(config, stamped):
             yield
-        finally:
-            for name in own:
-                del vars(self)[name]
-            vars(self).update(before)
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike[str]) -> dict[str, float]:
         """Leave the bundle out, for it is written before transformers looks at what is new and must be uploaded."""
         stamps = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
-        return (
-            stamps
-            if IS_FLAT_COPY
-            else {name: t for name, t in stamps.items() if Path(name).stem not in _modules(_ROOT)}
-        )
+        if IS_FLAT_COPY:
+            return stamps
+        ours = {*(f"{name}.py" for name in _modules(_ROOT)), "requirements.txt", STAMP_NAME}
+        return {name: t for name, t in stamps.items() if name not in ours}
+
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Upload as transformers does, after the model card and the stamp of all that the repository then holds."""
+        if not IS_FLAT_COPY and self._is_ours():
+            if hasattr(self, "state_dict"):
+                for finish in BEFORE_UPLOAD:
+                    finish(Path(working_dir), repo_id)
+            before = _remote_stamp(repo_id, kwargs.get("revision"), kwargs.get("token"))
+            write_stamp(working_dir, package_version(), before)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _attributes(instance: Any, values: dict[str, Any]) -> Iterator[None]:
+    """Give an instance attributes of its own for a while."""
+    before = {name: vars(instance)[name] for name in values if name in vars(instance)}
+    if values:
+        vars(instance).update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            vars(instance).pop(name, None)
+        if values:
+            vars(instance).update(before)
+
+
+def _remote_stamp(repo_id: str, revision: str | None, token: Any) -> dict[str, Any] | None:
+    """Return the stamp that a repository has, None if it has none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+
+    try:
+        path = hf_hub_download(repo_id, STAMP_NAME, revision=revision, token=token)
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
+        return None
+    return read_stamp(os.path.dirname(path))

@@ -17,6 +17,11 @@ Every axis is orthogonal and named after what it does; its paper stands at its d
 may not go with what is said in one place, `UrformConfig.validate_architecture`.
 """
 
+# First of all, for it says which transformers is needed where that one is too old for the imports below.
+from .bundle_stamp import unstamped
+from .bundle_urform import IS_FLAT_COPY, BundledCodeMixin, package_version
+
+# isort: split
 import copy
 import difflib
 from dataclasses import fields
@@ -29,7 +34,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
-from .bundle_urform import BundledCodeMixin
 from .presets_urform import PRESETS
 
 logger = logging.get_logger(__name__)
@@ -261,6 +265,11 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         if self.is_encoder_decoder:
             self._resolve_decoder()
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the library's; warns where a published checkpoint comes from a newer Urform than the one installed."""
+        return super().from_dict(unstamped(config_dict, None if IS_FLAT_COPY else package_version()), **kwargs)
 
     def _resolve_decoder(self) -> None:
         """Fills the decoder's sizes in; transformers reads them by stripping the prefix, so None would reach it."""

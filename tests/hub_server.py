@@ -99,6 +99,7 @@ class Hub(ThreadingHTTPServer):
         self.parts: dict[tuple[str, int], bytes] = {}
         self.requests: list[tuple[str, str, int]] = []
         self.trouble: list[dict[str, Any]] = []
+        self.errors: list[Exception] = []
         self.lock = threading.RLock()
 
     def __enter__(self) -> "Hub":
@@ -185,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
             for method, pattern, function in ROUTES:
                 if method == self.command and (match := re.match(pattern, url.path)):
                     # A path keeps its slashes quoted until here: a branch may be called refs/pr/1.
-                    status = self._run(function, {name: unquote(value) for name, value in match.groupdict().items()})
+                    status = self._run(function, {k: unquote(v) for k, v in match.groupdict().items() if v is not None})
                     break
             else:
                 status = self._answer_refused(Refused(404, f"no such endpoint: {self.command} {url.path}"))
@@ -206,6 +207,9 @@ class Handler(BaseHTTPRequestHandler):
                 function(self, **groups)
         except Refused as refused:
             return self._answer_refused(refused)
+        except Exception as error:
+            self.server.errors.append(error)  # a request that this server does not understand fails the test
+            return self._answer_refused(Refused(500, f"{type(error).__name__}: {error}"))
         return self.status
 
     def _make_trouble(self, path: str) -> None:

@@ -92,7 +92,7 @@ for auto, (name, _) in HEADS.items():
     assert type(config) in mapping and getattr(urform, name) in mapping._extra_content.values()
     assert dict(mapping._extra_content)[urform.UrformConfig] is getattr(urform, name)
 assert type(transformers.AutoModel.from_config(config)) is urform.UrformModel
-assert tokenization_auto.TOKENIZER_MAPPING[urform.UrformConfig] is urform.UrformTokenizer
+assert urform.UrformConfig not in tokenization_auto.TOKENIZER_MAPPING  # see test_hub_precedence.py
 assert tokenization_auto.tokenizer_class_from_name("UrformTokenizer") is urform.UrformTokenizer
 assert "UrformForCausalLM" in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -199,9 +199,10 @@ MAY_IMPORT = {
     "configuration": {"configuration"},
     "tokenization": {"tokenization", "configuration"},
     "modeling": {"modeling", "modeling/kernels", "configuration"},
-    "training": {"training", "modeling", "modeling/kernels", "configuration", "tokenization", ""},
+    "training": {"training", "publishing", "modeling", "modeling/kernels", "configuration", "tokenization", ""},
     "conversion": {"conversion", "modeling", "modeling/kernels", "configuration", "tokenization", ""},
-    "diagnostics": {"diagnostics", "modeling", "modeling/kernels"},
+    "diagnostics": {"diagnostics", "modeling", "modeling/kernels", "configuration"},
+    "publishing": {"publishing", "configuration", ""},
 }
 
 
@@ -286,7 +287,7 @@ def test_wheel_holds_one_package_and_no_tests_or_data(wheel_names: list[str]):
     tops = {name.split("/")[0] for name in wheel_names}
     assert tops == {"urform", f"urform-{urform.__version__}.dist-info"}
     folders = {name.split("/")[1] for name in wheel_names if name.startswith("urform/") and name.count("/") > 1}
-    allowed = {"configuration", "modeling", "tokenization", "training", "conversion", "diagnostics", "cli"}
+    allowed = {"configuration", "modeling", "tokenization", "training", "conversion", "diagnostics", "publishing", "cli"}
     assert folders <= allowed, folders - allowed
     suffixes = {Path(name).suffix for name in wheel_names if name.startswith("urform/")}
     assert suffixes <= {".py", ".yaml", ".typed"}, suffixes
@@ -295,7 +296,7 @@ def test_wheel_holds_one_package_and_no_tests_or_data(wheel_names: list[str]):
 def test_wheel_holds_every_module(wheel_names: list[str]):
     assert {"urform/__init__.py", "urform/hub_upload.py", "urform/py.typed"} <= set(wheel_names)
     packages = ["configuration", "modeling", "modeling/kernels", "tokenization", "training", "training/recipes",
-                "diagnostics", "cli"]  # fmt: skip
+                "diagnostics", "publishing", "cli"]  # fmt: skip
     for folder in packages:
         for path in (ROOT / folder).iterdir():
             if path.suffix in (".py", ".yaml"):

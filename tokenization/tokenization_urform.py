@@ -4,6 +4,10 @@ The whole state is tokenizer.json (the class has no `__init__`, so the file is l
 the model's use of it, such as `tgt_lang`, tokenizer_config.json.
 """
 
+# First of all, for it says which transformers is needed where that one is too old for the imports below.
+from ..configuration.bundle_urform import BundledCodeMixin
+
+# isort: split
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -12,7 +16,6 @@ from tokenizers import AddedToken, Encoding, Regex, normalizers, processors
 from transformers import BatchEncoding, TokenizersBackend
 from transformers.utils import logging
 
-from ..configuration.bundle_urform import BundledCodeMixin
 from .subword_training import (
     MODELS,
     SPACED_LETTER,
