@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .attention_biases import Bias
 from .attention_buckets import Bucket, Limits, Plan, make_plan
-from .attention_direct import direct_attention, is_direct
+from .attention_direct import direct_attention, is_direct, softmax_, softmax_backward_
 from .attention_layouts import Layout
 from .attention_reference import keep_tile
 
@@ -236,9 +236,9 @@ def _make_scores(
 def _softmax(call: Call, scores: Tensor, bucket: Bucket) -> Tensor:
     """Turn scores into weights in place; rows without a key get zeros."""
     if not call.may_be_empty(bucket):
-        return torch.softmax(scores, -1, out=scores)
+        return softmax_(scores)
     empty = scores.amax(-1, keepdim=True) == -torch.inf
-    return torch.softmax(scores.masked_fill_(empty, 0), -1, out=scores).masked_fill_(empty, 0)
+    return softmax_(scores.masked_fill_(empty, 0)).masked_fill_(empty, 0)
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -417,7 +417,7 @@ def _score_gradients(
         d_weights.view(shape).mul_(mask)
         kept = weights.view(shape).mul(mask).view_as(weights)
     if alone:
-        torch.ops.aten._softmax_backward_data.out(d_weights, weights, -1, weights.dtype, grad_input=d_weights)
+        softmax_backward_(d_weights, weights)
     else:
         d_weights.sub_((piece["do"] * piece["o"]).sum(-1, keepdim=True)).mul_(weights)
     if "dl" in piece:
