@@ -141,6 +141,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         decoder_start_from_labels: In training it begins with the labels' last token instead, the language's code
             (mBART; Liu et al. 2020).
         source_family: The transformers model type that the weights came from (`from_transformers`).
+        source_fields: What that family's config held that changes no number here, for the way back.
 
     Raises:
         ValueError: A field that does not exist, or fields that do not go together; the message says which and what
@@ -241,13 +242,14 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     decoder_start_token_id: int | None = None
     decoder_start_from_labels: bool = False
     source_family: str | None = None
+    source_fields: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for alias in self.attribute_map.keys() & kwargs.keys():
             setattr(self, alias, kwargs.pop(alias))
         self._refuse_unknown(kwargs)
-        if isinstance(self.rope_parameters, dict):  # the library writes into it; the caller's dict stays as it is
-            self.rope_parameters = copy.deepcopy(self.rope_parameters)
+        self.rope_parameters = copy.deepcopy(self.rope_parameters)  # the library writes into it; the caller's stays
+        self.source_fields = copy.deepcopy(self.source_fields)
         self.is_encoder_decoder = self.architecture == "encoder-decoder"
         if self.architecture == "encoder":  # transformers takes a config with a plan for one that generates
             self.base_model_tp_plan = None  # type: ignore[misc]  # the encoder's plan is on `UrformStack`
