@@ -344,8 +344,8 @@ def plan(family: Family, head: Head, config: UrformConfig, stock: Side, ours: Si
     Raises:
         ValueError: A tensor of either side has no rule: the table is incomplete.
     """
-    dropped = {name for name in stock.shapes if any(re.fullmatch(pattern, name) for pattern in head.dropped)}
-    left_theirs, left_ours = set(stock.shapes) - dropped, set(ours.shapes)
+    left_theirs = {name for name in stock.shapes if not _is_dropped(head, name)}
+    left_ours = set(ours.shapes)
     steps: list[Step] = []
     for rule, theirs, own in _instances(family, head, config, stock, ours):
         here = all(name in ours.shapes for name in own)
@@ -454,7 +454,15 @@ def prepare_from(stock: PreTrainedConfig, name: str, state: Mapping[str, Tensor]
     head = find_head(family, stock=name)
     model = empty(stock_class(head), stock, **head.options)
     config = urform_config(stock, head, family=family, untied=is_untied(model, head, state))
-    return _prepare(family, head, config, stock, model, back=False)
+    conversion = _prepare(family, head, config, stock, model, back=False)
+    behind = [key for key in state if key not in conversion.source.shapes or _is_dropped(head, key)]
+    if behind:
+        warnings.warn(f"Urform has no place for {', '.join(sorted(behind))} of {name}; left behind", stacklevel=3)
+    return conversion
+
+
+def _is_dropped(head: Head, name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in head.dropped)
 
 
 def prepare_to(config: UrformConfig, name: str, family: str | None) -> Conversion:

@@ -2,6 +2,7 @@
 """All families: those of one file below each other, in the order in which `to_transformers` tries them."""
 
 from .families_decoder import DECODERS
+from .families_encoder import ENCODERS
 from .family import Family
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (*DECODERS,)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (*DECODERS, *ENCODERS)}

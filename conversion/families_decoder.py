@@ -373,8 +373,7 @@ _GEMMA = {
 }
 _GEMMA_FIELDS = {
     **_LLAMA_FIELDS,
-    **same("head_dim", "attention_bias", "sliding_window", "layer_types"),
-    **same("attn_logit_softcapping", "final_logit_softcapping"),
+    **same("head_dim", "attention_bias", "sliding_window", "layer_types", "final_logit_softcapping"),
     "hidden_act": "hidden_activation",
 }
 _GEMMA_WEIGHTS = _llama_weights(
@@ -393,7 +392,7 @@ GEMMA2 = Family(
     heads=_heads("Gemma2", *_CLASSIFIERS, token_axes=(_TOKEN_DROPOUT,)),
     weights=_GEMMA_WEIGHTS,
     fixed=_GEMMA,
-    fields=_GEMMA_FIELDS,
+    fields={**_GEMMA_FIELDS, **same("attn_logit_softcapping")},
     axes=(ROPE, _QUERY_SCALAR),
 )
 
@@ -416,6 +415,7 @@ GEMMA3 = Family(
     fixed={**_GEMMA, "qk_norm": True},
     fields=_GEMMA_FIELDS,
     axes=(Axis(ROPE.to_urform, _rope_per_type), _QUERY_SCALAR),
+    ignored=("attn_logit_softcapping",),  # a field that its attention does not read
 )
 
 DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, GPT_NEOX, GPT2, OPT, BLOOM)
