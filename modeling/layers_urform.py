@@ -465,12 +465,12 @@ def keep_logits(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     return hidden[:, logits_to_keep]
 
 
-def real_tokens(hidden: Tensor, ids: Tensor | None, mask: Tensor | None, pad: int | None) -> Tensor:
-    """Which tokens are real, bool `[B, L]`: by the mask, else by the pad token, else all."""
+def real_tokens(hidden: Tensor, ids: Tensor | None, mask: Tensor | None, config: UrformConfig) -> Tensor:
+    """Which tokens are real, bool `[B, L]`: by the mask, else by a decoder's pad token, else all: encoders see all."""
     if mask is not None and mask.ndim == 2:
         return mask.to(hidden.device).bool()
-    if ids is not None and pad is not None:
-        return (ids != pad).to(hidden.device)
+    if ids is not None and config.pad_token_id is not None and config.architecture != "encoder":
+        return (ids != config.pad_token_id).to(hidden.device)
     return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
 
 

@@ -592,7 +592,7 @@ class UrformForSequenceClassification(UrformPreTrainedModel):
         hidden, ids, mask = outputs.last_hidden_state, input_ids, attention_mask
         if decoder_input_ids is not None or decoder_inputs_embeds is not None:
             ids, mask = decoder_input_ids, decoder_attention_mask
-        logits = self.classifier(pool(hidden, real_tokens(hidden, ids, mask, self.config.pad_token_id), self.config))
+        logits = self.classifier(pool(hidden, real_tokens(hidden, ids, mask, self.config), self.config))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
@@ -719,7 +719,7 @@ class UrformForMultipleChoice(UrformPreTrainedModel):
             **_without_loss(kwargs),
         )
         hidden = outputs.last_hidden_state
-        real = real_tokens(hidden, ids, mask, self.config.pad_token_id)
+        real = real_tokens(hidden, ids, mask, self.config)
         logits = self.classifier(pool(hidden, real, self.config)).view(-1, choices)
         loss = None
         if labels is not None:

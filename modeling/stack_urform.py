@@ -181,7 +181,8 @@ class UrformStack(UrformPreTrainedModel):
         self.rotary_emb = self.position_bias = self.norm = None
         if config.position_encoding == "learned":
             rows = config.max_position_embeddings + config.position_offset
-            self.embed_positions = nn.Embedding(rows, config.hidden_size)
+            of_pad = config.position_offset - 1 if config.position_counting == "tokens" and pad is not None else None
+            self.embed_positions = nn.Embedding(rows, config.hidden_size, of_pad)
         if config.type_vocab_size:
             self.embed_token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
         if config.embedding_norm:
