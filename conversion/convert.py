@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -38,6 +39,7 @@ _WITHOUT_EFFECT = _BOOKKEEPING | frozenset(
     "initializer initializer_range use_cache bos_token_id eos_token_id output_hidden_states return_dict "
     "chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder".split()
 )
+_INVALID = (ValueError, StrictDataclassError)  # what a config raises that cannot be
 _REFUSED = ("quantization_config", "auto_map", "per_layer_config")
 
 
@@ -187,9 +189,8 @@ def urform_config(
     try:
         config = UrformConfig(**{**fields, **extras})
         back = _public(_build(family, family.to_stock(config, head)))
-    except ValueError as error:
-        obstacles.setdefault(type(error).__name__, str(error))
-        raise ValueError(_refusal(f"a {type(stock).__name__}", "Urform", obstacles)) from error
+    except _INVALID as error:
+        raise ValueError(_refusal(f"a {type(stock).__name__}", "Urform", obstacles, error)) from error
     lost = {}
     for name, value in have.items():
         if name in _BOOKKEEPING or name in obstacles or (name in back and back[name] == value):
@@ -213,8 +214,9 @@ def urform_config(
     return config
 
 
-def _refusal(what: str, where: str, obstacles: Mapping[str, str]) -> str:
-    return f"{what} cannot be expressed in {where}; in the way stand: {_listed(obstacles)}"
+def _refusal(what: str, where: str, obstacles: Mapping[str, str], error: Exception | None = None) -> str:
+    reasons = ([_listed(obstacles)] if obstacles else []) + ([" ".join(str(error).split())] if error else [])
+    return f"{what} cannot be expressed in {where}; in the way stand: {'; '.join(reasons)}"
 
 
 def _build(family: Family, fields: dict[str, Any]) -> PreTrainedConfig:
@@ -233,10 +235,8 @@ def stock_config(config: UrformConfig, family: Family, head: Head) -> PreTrained
     try:
         stock = _build(family, fields)
         back = UrformConfig(**family.to_urform(stock, head))
-    except ValueError as error:
-        raise ValueError(
-            _refusal("this UrformConfig", family.model_type, {type(error).__name__: str(error)})
-        ) from error
+    except _INVALID as error:
+        raise ValueError(_refusal("this UrformConfig", family.model_type, {}, error)) from error
     want, have = what_matters(config, head.ours), what_matters(back, head.ours)
     obstacles = {
         name: f"{want.get(name)!r} (there {have.get(name)!r})"
@@ -245,7 +245,7 @@ def stock_config(config: UrformConfig, family: Family, head: Head) -> PreTrained
     }
     if obstacles:
         raise ValueError(_refusal("this UrformConfig", family.model_type, obstacles))
-    if config.source_family == family.model_type and getattr(config, "source_fields", None):
+    if config.source_family == family.model_type and config.source_fields:
         again = _build(family, {**fields, **copy.deepcopy(config.source_fields)})
         if what_matters(UrformConfig(**family.to_urform(again, head)), head.ours) == have:
             stock = again
@@ -260,7 +260,7 @@ def stock_config(config: UrformConfig, family: Family, head: Head) -> PreTrained
             stacklevel=3,
         )
     if config.source_family != family.model_type:
-        differ.update(source_family=config.source_family, source_fields=getattr(config, "source_fields", None))
+        differ.update(source_family=config.source_family, source_fields=config.source_fields)
     if differ:
         stock.urform = copy.deepcopy(differ)
     stock.architectures = [head.stock]
@@ -354,7 +354,8 @@ def plan(family: Family, head: Head, config: UrformConfig, stock: Side, ours: Si
         own = own if here else ()
         sources, targets, side = (own, theirs, stock) if back else (theirs, own, ours)
         left = left_theirs if back else left_ours
-        if not targets or left.intersection(targets):  # else written already, under the name of a tied tensor
+        checked = not targets and rule.fill is not None  # else there is nothing to make, or under a tied name already
+        if checked or left.intersection(targets):
             shapes = tuple(side.shapes[name] for name in targets)
             op = rule.op.to_stock if back else rule.op.to_ours
             steps.append(Step(sources, targets, shapes, op, None if here else rule.fill))

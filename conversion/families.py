@@ -3,6 +3,7 @@
 
 from .families_decoder import DECODERS
 from .families_encoder import ENCODERS
+from .families_encoder_decoder import ENCODER_DECODERS
 from .family import Family
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (*DECODERS, *ENCODERS)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (*DECODERS, *ENCODERS, *ENCODER_DECODERS)}

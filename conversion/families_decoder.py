@@ -39,20 +39,35 @@ def _heads(
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 _ALL = (*_CLASSIFIERS, "ForQuestionAnswering")
 
-ROPE = Axis(
-    lambda stock: {"rope_parameters": copy.deepcopy(stock.rope_parameters)},
-    lambda config: {"rope_parameters": copy.deepcopy(config.rope_parameters)},
-)
+
+def _rope_to_stock(config: UrformConfig) -> dict[str, Any]:
+    return {"rope_parameters": copy.deepcopy(config.rope_parameters)}
 
 
-def _classifier_rate(config: UrformConfig) -> float:
+def _without_partial(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters, flat or per layer type, without a `partial_rotary_factor` other than 1."""
+    return {
+        name: _without_partial(value) if isinstance(value, dict) else value
+        for name, value in rope.items()
+        if name != "partial_rotary_factor" or value == 1.0
+    }
+
+
+PARTIAL_ROPE = Axis(lambda stock: {"rope_parameters": copy.deepcopy(stock.rope_parameters)}, _rope_to_stock)
+# Classes whose attention rotates whole heads, whatever `partial_rotary_factor` says: it does not survive.
+ROPE = Axis(lambda stock: {"rope_parameters": copy.deepcopy(_without_partial(stock.rope_parameters))}, _rope_to_stock)
+
+
+def classifier_rate(config: UrformConfig) -> float:
+    """The dropout before a classifier, as a number."""
+    """Dropout before the classifier, None resolved."""
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
 
 
 # transformers' token classifiers read an attribute that most of their configs do not declare; 0.1 where it is missing.
 _TOKEN_DROPOUT = Axis(
     lambda stock: {"classifier_dropout": 0.1 if (rate := getattr(stock, "classifier_dropout", None)) is None else rate},
-    lambda config: {} if (rate := _classifier_rate(config)) == 0.1 else {"classifier_dropout": rate},
+    lambda config: {} if (rate := classifier_rate(config)) == 0.1 else {"classifier_dropout": rate},
 )
 _DECODER = {
     "architecture": "decoder",
@@ -206,12 +221,12 @@ GPT_NEOX = Family(
         "hidden_dropout_prob": "hidden_dropout",
     },
     axes=(
-        ROPE,
+        PARTIAL_ROPE,
         Axis(
             lambda stock: {"norm_position": "parallel" if stock.use_parallel_residual else "pre"},
             lambda config: {
                 "use_parallel_residual": config.norm_position == "parallel",
-                "classifier_dropout": _classifier_rate(config),
+                "classifier_dropout": classifier_rate(config),
             },
         ),
     ),
@@ -356,12 +371,9 @@ QWEN3 = Family(
 )
 
 
-def _query_scalar(config: UrformConfig) -> int | float:
-    """`query_pre_attn_scalar`, whose root divides the scores: an integer if it is one but for rounding."""
-    if config.attention_scale is None:
-        return config.head_dim
-    scalar = config.attention_scale**-2
-    return round(scalar) if round(scalar) ** -0.5 == config.attention_scale else scalar
+def _query_scalar(config: UrformConfig) -> int:
+    """`query_pre_attn_scalar`, an integer whose root divides the scores."""
+    return config.head_dim if config.attention_scale is None else round(config.attention_scale**-2)
 
 
 _GEMMA = {
@@ -397,7 +409,9 @@ GEMMA2 = Family(
 )
 
 
-def _rope_per_type(config: UrformConfig) -> dict[str, Any]:
+def rope_per_type(config: UrformConfig) -> dict[str, Any]:
+    """The stock field `rope_parameters` with one entry per layer type."""
+    """`rope_parameters` with one dict per layer type."""
     given = config.rope_parameters or {}
     if given and not config.rope_is_per_layer_type:
         given = dict.fromkeys(("full_attention", "sliding_attention"), given)
@@ -414,7 +428,7 @@ GEMMA3 = Family(
     weights=_GEMMA_WEIGHTS,
     fixed={**_GEMMA, "qk_norm": True},
     fields=_GEMMA_FIELDS,
-    axes=(Axis(ROPE.to_urform, _rope_per_type), _QUERY_SCALAR),
+    axes=(Axis(ROPE.to_urform, rope_per_type), _QUERY_SCALAR),
     ignored=("attn_logit_softcapping",),  # a field that its attention does not read
 )
 
