@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 from ..configuration.configuration_urform import UrformConfig
 from ..modeling import modeling_urform
 from .families import FAMILIES
-from .family import Family, Head, Shapes, Tensors
+from .family import Family, Fill, Head, Shapes, Tensors
 
 Transform = Callable[[Tensors, Shapes, UrformConfig], Tensors]
 
@@ -296,14 +296,14 @@ def choose_family(config: UrformConfig, ours: str, name: str | None = None) -> t
 class Step(NamedTuple):
     """One rule for one layer: read `sources`, apply `op`, write `targets` of these shapes.
 
-    With `fill` one side is empty: `targets` are filled with it, or `sources` must be full of it and are left behind.
+    One side may be empty: `targets` are filled with `fill`, or `sources` must be full of it and are left behind.
     """
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     op: Transform
-    fill: float | None = None
+    fill: Fill | None = None
 
 
 class Side(NamedTuple):
@@ -354,11 +354,10 @@ def plan(family: Family, head: Head, config: UrformConfig, stock: Side, ours: Si
         own = own if here else ()
         sources, targets, side = (own, theirs, stock) if back else (theirs, own, ours)
         left = left_theirs if back else left_ours
-        checked = not targets and rule.fill is not None  # else there is nothing to make, or under a tied name already
-        if checked or left.intersection(targets):
+        if not targets or left.intersection(targets):  # else written already, under the name of a tied tensor
             shapes = tuple(side.shapes[name] for name in targets)
             op = rule.op.to_stock if back else rule.op.to_ours
-            steps.append(Step(sources, targets, shapes, op, None if here else rule.fill))
+            steps.append(Step(sources, targets, shapes, op, rule.fill))
         left_theirs.difference_update(*(stock.tied[name] for name in theirs))
         left_ours.difference_update(*(ours.tied[name] for name in own))
     if left_theirs or left_ours:
@@ -376,17 +375,21 @@ def run_step(step: Step, read: Callable[[str], Tensor], config: UrformConfig) ->
         ValueError: A tensor has another shape than the config says, or should be constant and is not.
     """
     sources = [read(name) for name in step.sources]
-    if step.fill is not None:
-        if any((tensor != step.fill).any() for tensor in sources):
-            raise ValueError(
-                f"{', '.join(step.sources)} is not {step.fill} throughout, but the config has no such tensor"
-            )
-        yield from ((name, torch.full(shape, step.fill)) for name, shape in zip(step.targets, step.shapes, strict=True))
+    if step.fill is not None and not (sources and step.targets):
+        for name, tensor in zip(step.sources, sources, strict=False):
+            if not torch.allclose(tensor.float(), _full(tensor.shape, step.fill), atol=torch.finfo(tensor.dtype).eps):
+                what = step.fill if isinstance(step.fill, float) else "what its class makes of it"
+                raise ValueError(f"{name} is not {what} throughout, but Urform's config has no such tensor")
+        yield from ((name, _full(shape, step.fill)) for name, shape in zip(step.targets, step.shapes, strict=True))
         return
     for name, shape, tensor in zip(step.targets, step.shapes, step.op(sources, step.shapes, config), strict=True):
         if tensor.shape != shape:
             raise ValueError(f"{name} comes out as {list(tensor.shape)}, the config says {list(shape)}")
         yield name, tensor
+
+
+def _full(shape: torch.Size, fill: Fill) -> Tensor:
+    return torch.full(shape, fill) if isinstance(fill, float) else fill(shape)
 
 
 def reader(state: Mapping[str, Tensor], side: Side) -> Callable[[str], Tensor]:
@@ -456,6 +459,10 @@ def prepare_from(stock: PreTrainedConfig, name: str, state: Mapping[str, Tensor]
     model = empty(stock_class(head), stock, **head.options)
     config = urform_config(stock, head, family=family, untied=is_untied(model, head, state))
     conversion = _prepare(family, head, config, stock, model, back=False)
+    tied = conversion.source.tied
+    for i, step in enumerate(conversion.steps):  # what a checkpoint may lack
+        if step.fill is not None and not any(twin in state for name in step.sources for twin in tied[name]):
+            conversion.steps[i] = step._replace(sources=())
     behind = [key for key in state if key not in conversion.source.shapes or _is_dropped(head, key)]
     if behind:
         warnings.warn(f"Urform has no place for {', '.join(sorted(behind))} of {name}; left behind", stacklevel=3)

@@ -1,16 +1,18 @@
 """Decoder families in both directions: random stock configs over each family's space, against the stock classes."""
 
-import math
 import random
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from conversion_cases import check_parity, check_round_trip, random_stock, shake
 
 import urform
 from urform import UrformConfig
+from urform.conversion.convert import urform_config
 from urform.conversion.families import FAMILIES
 from urform.conversion.families_decoder import DECODERS
 
@@ -112,7 +114,9 @@ def draw(name: str, seed: int) -> dict[str, Any]:
             "attention_bias": bias,
             "rope_parameters": {**rope, "partial_rotary_factor": factor},
         }
-    fields.update(intermediate_size=inner, num_key_value_heads=grouped, max_position_embeddings=positions, rms_norm_eps=eps)
+    fields.update(
+        intermediate_size=inner, num_key_value_heads=grouped, max_position_embeddings=positions, rms_norm_eps=eps
+    )
     if name in ("gemma2", "gemma3_text"):
         fields.update(hidden_activation=act, head_dim=width, sliding_window=window, layer_types=kinds)
         fields.update(query_pre_attn_scalar=rng.choice([7, 16, 24]), attention_bias=bias)
@@ -157,3 +161,164 @@ def test_many_language_models(name: str, seed: int) -> None:
 def test_other_heads(name: str, stock: str) -> None:
     """Backbones and classifiers, in every class that transformers has for the family."""
     check_parity(random_stock(stock, 100, **draw(name, 100)))
+
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61, "pad_token_id": 0}
+REFUSED = [
+    ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}),
+    ("GPT2LMHeadModel", {"add_cross_attention": True}),
+    ("OPTForCausalLM", {"word_embed_proj_dim": 12, "ffn_dim": 40}),
+    ("OPTForCausalLM", {"layer_norm_elementwise_affine": False, "ffn_dim": 40}),
+    ("BloomForCausalLM", {"apply_residual_connection_post_layernorm": True}),
+    ("BloomForCausalLM", {"slow_but_exact": True, "pretraining_tp": 2}),
+    (
+        "LlamaForCausalLM",
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},
+    ),
+    ("LlamaForCausalLM", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+    ("Gemma2ForCausalLM", {"use_bidirectional_attention": True}),
+    ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), REFUSED)
+def test_a_config_that_cannot_be_expressed_is_refused_with_its_fields(name: str, fields: dict[str, Any]) -> None:
+    """And before a weight is read: there are none."""
+    config = getattr(hf, name).config_class(**SMALL, **fields)
+    config.architectures = [name]
+    with pytest.raises(ValueError, match="cannot be expressed in Urform") as error:
+        urform_config(config)
+    assert f"{next(iter(fields))}=" in str(error.value)
+
+
+def test_every_obstacle_is_listed_at_once() -> None:
+    config = hf.GPT2Config(add_cross_attention=True, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(
+        ValueError, match=r"add_cross_attention=True; .*scale_attn|scale_attn.*; add_cross_attention=True"
+    ):
+        urform_config(config)
+
+
+def test_families_and_classes_that_there_are_not() -> None:
+    mixtral = hf.MixtralConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
+                               num_key_value_heads=2, vocab_size=61, num_local_experts=2)  # fmt: skip
+    with pytest.raises(ValueError, match=r"'mixtral'.*there are: .*llama"):
+        urform.from_transformers(hf.MixtralForCausalLM(mixtral))
+    with pytest.raises(ValueError, match=r"GPT2DoubleHeadsModel has no counterpart.*GPT2LMHeadModel"):
+        urform.from_transformers(hf.GPT2DoubleHeadsModel(hf.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11)))
+    ours = urform.UrformForCausalLM(UrformConfig.from_preset("tiny-decoder"))
+    with pytest.raises(ValueError, match="family='llamma' is unknown"):
+        urform.to_transformers(ours, "llamma")
+    with pytest.raises(ValueError, match="GPT2LMHeadModel, not one of Urform's"):
+        urform.to_transformers(hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11)))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"norm_position": "sandwich"}),
+        ("llama", {"qk_norm": True}),
+        ("llama", {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 8}),
+        (
+            "mistral",
+            {"num_hidden_layers": 2, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+        ),
+        ("qwen2", {"attention_out_bias": True}),
+        ("gemma2", {"attention_scale": 0.3}),
+        ("gemma2", {"logit_scale": 0.3}),
+        ("gpt2", {"position_counting": "mask"}),
+        ("gpt2", {"num_key_value_heads": 1}),
+        ("opt", {"position_offset": 0}),
+        ("bloom", {"intermediate_size": 95}),
+        ("gpt_neox", {"norm_position": "sandwich"}),
+    ],
+)
+def test_what_a_family_cannot_express_is_refused(family: str, changes: dict[str, Any]) -> None:
+    stock = random_stock(FAMILIES[family].heads[1].stock, 0, **draw(family, 0))
+    config = urform_config(stock.config).to_dict()
+    config.update(layer_types=None)
+    ours = urform.UrformForCausalLM(UrformConfig(**{**config, **changes}))
+    with pytest.raises(ValueError, match=rf"cannot be expressed in {family}; in the way stand: .*") as error:
+        urform.to_transformers(ours)
+    assert any(f"{field}=" in str(error.value) for field in changes) or "not a multiple" in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_urform_survives_the_way_there_and_back(name: str) -> None:
+    """Random Urform models that a family can express, with settings that it cannot hold and that change no numbers."""
+    for seed in (200, 201):
+        stock = random_stock(FAMILIES[name].heads[1].stock, seed, **draw(name, seed))
+        fields = {**urform_config(stock.config).to_dict(), "source_family": None, "source_fields": None}
+        rng = random.Random(seed)
+        fields.update(
+            hidden_dropout_prob=rng.choice([0.0, 0.1]),
+            activation_dropout=0.2,
+            attention_dropout=0.3,
+            initializer=rng.choice(["normal", "xavier", "gpt2"]),
+            classifier_activation="gelu",
+            relative_attention_num_buckets=7,
+            freeze_pad_embedding=rng.random() < 0.5,
+        )
+        ours = urform.UrformForCausalLM(UrformConfig(**fields)).eval()
+        shake(ours)
+        with pytest.warns(UserWarning, match="only training depends on .*activation_dropout=0.2"):
+            back = check_round_trip(ours, name)
+        with torch.no_grad():
+            ids = torch.randint(3, 37, (2, 9))
+            assert (back(ids).logits - ours(ids).logits).abs().max() <= 1e-5
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = urform.to_transformers(ours)
+        assert (found(ids).logits - ours(ids).logits).abs().max() <= 1e-5, found.config.model_type
+
+
+def test_no_family_for_a_config_names_what_stands_in_the_way_of_each() -> None:
+    ours = urform.UrformForCausalLM(UrformConfig.from_preset("tiny-decoder", norm_position="post", qk_norm=True))
+    with pytest.raises(ValueError, match="no family can express") as error:
+        urform.to_transformers(ours)
+    assert all(f"\n{name}: " in str(error.value) for name in NAMES)
+
+
+def test_fine_tuned_here_and_used_there(tmp_path: Path) -> None:
+    """What the family's config held beside survives, and the stock class loads what comes back."""
+    stock = random_stock("OPTForCausalLM", 0, **{**draw("opt", 0), "layerdrop": 0.1, "enable_bias": True})
+    stock.config.custom_note = "kept"
+    stock.generation_config.max_new_tokens = 7
+    with pytest.warns(UserWarning, match=r"only training depends on layerdrop=0\.1"):
+        ours = urform.from_transformers(stock)
+    assert ours.generation_config.max_new_tokens == 7
+    optimizer = torch.optim.SGD(ours.train().parameters(), lr=0.1)
+    ids = torch.randint(3, 37, (2, 9))
+    ours(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    ours.save_pretrained(tmp_path / "ours")
+    ours = urform.UrformForCausalLM.from_pretrained(tmp_path / "ours")
+    urform.to_transformers(ours).save_pretrained(tmp_path / "stock")
+    again = hf.OPTForCausalLM.from_pretrained(tmp_path / "stock")
+    assert again.config.layerdrop == 0.1 and again.config.custom_note == "kept"
+    assert again.generation_config.max_new_tokens == 7
+    with torch.no_grad():
+        assert (again(ids).logits - ours(ids).logits).abs().max() <= 1e-5
+        assert (again(ids).logits - stock(ids).logits).abs().max() > 1e-3
+
+
+def test_a_changed_config_is_not_overruled_by_what_came_with_it() -> None:
+    """`source_fields` hold n_inner=None, which stands for 4 * n_embd; the new model's layer is another."""
+    stock = random_stock("GPT2LMHeadModel", 0, **SMALL, n_inner=None)
+    config = urform.from_transformers(stock).config.to_dict()
+    ours = urform.UrformForCausalLM(UrformConfig(**{**config, "intermediate_size": 50}))
+    assert urform.to_transformers(ours).config.n_inner == 50
+
+
+def test_dtype_mode_and_independence() -> None:
+    """Bit-equal in bfloat16; in training if it was; no tensor is shared with the source."""
+    stock = random_stock("LlamaForCausalLM", 0, **draw("llama", 0)).to(torch.bfloat16).train()
+    ours = urform.from_transformers(stock)
+    assert ours.dtype == torch.bfloat16 and ours.training
+    theirs = {tensor.data_ptr() for tensor in stock.state_dict().values()}
+    assert not theirs & {tensor.data_ptr() for tensor in ours.state_dict().values()}
+    assert ours.model.decoder.rotary_emb["full_attention"].inv_freq.dtype == torch.float32
+    back = urform.to_transformers(ours)
+    assert back.dtype == torch.bfloat16 and back.training
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(tensor, back.state_dict()[name]), name
