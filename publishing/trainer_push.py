@@ -41,9 +41,7 @@ class SecretToken(str):
 class PublishCallback(TrainerCallback):
     """See the module's text."""
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hide the token; have everything saved with its code if it is going to be pushed."""
         if args.hub_token:
             args.hub_token = SecretToken(args.hub_token)

@@ -1,0 +1,257 @@
+"""What a checkpoint must be before it is published: `check_checkpoint` refuses with a ValueError that says why.
+
+Nothing of a checkpoint is executed: weights are read from safetensors one tensor at a time, a pickle is an error, and
+the model that they must fit is built without memory on PyTorch's meta device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..configuration.bundle_stamp import bundle_files
+from ..configuration.bundle_urform import HEADS
+
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
+# What Trainer leaves beside a model: not part of the model, not published, and pickled for the most part.
+_TRAINER_STATE = ("training_args.bin", "optimizer.", "scheduler.pt", "scaler.pt", "rng_state")
+_SECRETS = {
+    "a Hugging Face token": r"hf_[A-Za-z0-9]{30,}",
+    "a GitHub token": r"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,}",
+    "an AWS key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
+    "an API key": r"\bsk-[A-Za-z0-9_-]{32,}",
+    "a Slack token": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a password in an address": r"[a-z]+://[^/\s:@]+:[^/\s:@]+@",
+}
+_INDEX = re.compile(r"model\.safetensors\.index(?:\.([^/.]+))?\.json")
+_WEIGHTS = re.compile(r"model(?:\.([^/.]+))?\.safetensors")
+
+
+def check_checkpoint(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the checkpoint's config as a dict.
+
+    Args:
+        checkpoint: the folder that `save_pretrained` or Trainer wrote.
+
+    Raises:
+        ValueError: something is missing, damaged, not finite, inconsistent, pickled or secret; the message names it.
+    """
+    folder = Path(checkpoint)
+    config = _read_config(folder)
+    _refuse_pickles(folder)
+    refuse_secrets(folder, [*bundle_files(folder), "README.md", "trainer_state.json", "training_args.json"])
+    sets = _weight_sets(folder)
+    expected, tied, parsed = _expected(config, folder)
+    for variant, shards in sets.items():
+        _check_weights(folder, variant, shards, expected, tied)
+    _check_ids(folder, parsed)
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a file; ValueError with the file's name if it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); save the checkpoint again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; save the checkpoint again.")
+    return value
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        hint = (
+            " It holds an adapter: merge it into its model first." if (folder / "adapter_config.json").is_file() else ""
+        )
+        raise ValueError(f"{folder} has no config.json; give the folder that save_pretrained or Trainer wrote.{hint}")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "urform":
+        raise ValueError(f"{folder}/config.json has model_type={config.get('model_type')!r}; only 'urform' is served.")
+    known = [name for name, _ in HEADS.values()]
+    if (config.get("architectures") or [None])[0] not in known:
+        raise ValueError(
+            f"{folder}/config.json has architectures={config.get('architectures')!r}, which is no class of Urform "
+            f"({', '.join(known)}); a class of your own is published with its register_for_auto_class and push_to_hub."
+        )
+    if config.get("quantization_config"):
+        raise ValueError(f"{folder} is quantized; publish the weights that it was made from, and quantize at loading.")
+    return config
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = [
+        p.name for p in sorted(folder.iterdir()) if p.suffix in _PICKLES and not p.name.startswith(_TRAINER_STATE)
+    ]
+    if pickles:
+        raise ValueError(
+            f"{folder} holds pickled files, which may run code when loaded: {', '.join(pickles)}. Remove them."
+        )
+
+
+def refuse_secrets(folder: Path, names: list[str]) -> None:
+    """Raise a ValueError if one of the text files named has a password or token in it; the secret is not repeated."""
+    from huggingface_hub import get_token
+
+    own = get_token()
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            continue
+        # Of weights, the header: its metadata is free text.
+        text = _header(path) if name.endswith(".safetensors") else path.read_text(encoding="utf-8", errors="replace")
+        for what, pattern in {**_SECRETS, **({"your own token": re.escape(own)} if own else {})}.items():
+            if match := re.search(pattern, text):
+                line = text.count("\n", 0, match.start()) + 1
+                raise ValueError(f"{path}:{line}: what looks like {what} would be published. Remove it, and revoke it.")
+
+
+def _header(path: Path) -> str:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return file.read(min(size, 100_000_000)).decode("utf-8", errors="replace")
+
+
+def _weight_sets(folder: Path) -> dict[str, list[str]]:
+    """Return the shards of every variant ("" is the one that loads by default)."""
+    sets: dict[str, list[str]] = {}
+    for path in sorted(folder.iterdir()):
+        if match := _INDEX.fullmatch(path.name):
+            index = read_json(path).get("weight_map")
+            if not isinstance(index, dict) or not index:
+                raise ValueError(f"{path} has no weight_map; save the model again with save_pretrained.")
+            shards = sorted(set(map(str, index.values())))
+            outside = [name for name in shards if Path(name).name != name or not name.endswith(".safetensors")]
+            if outside:
+                raise ValueError(
+                    f"{path} names {', '.join(map(repr, outside))}; a shard is a .safetensors file beside the index."
+                )
+            sets[match[1] or ""] = shards
+        elif match := _WEIGHTS.fullmatch(path.name):
+            sets.setdefault(match[1] or "", [path.name])
+    if "" not in sets:
+        sets[""] = ["model.safetensors"]
+    missing = sorted({name for shards in sets.values() for name in shards if not (folder / name).is_file()})
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}; save the model again with save_pretrained.")
+    return sets
+
+
+def _expected(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, str], Any]:
+    """Return the shape of every weight of the model, its tied weights (target to source) and its config."""
+    import torch
+
+    import urform
+
+    with torch.device("meta"):
+        model = getattr(urform, config["architectures"][0])(urform.UrformConfig.from_pretrained(folder))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes, dict(model.all_tied_weights_keys), model.config
+
+
+def _check_weights(
+    folder: Path, variant: str, shards: list[str], expected: dict[str, Any], tied: dict[str, str]
+) -> None:
+    import torch
+
+    where: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    shared: dict[str, Any] = {}
+    wanted = {*tied, *tied.values()}
+    for shard in shards:
+        for name, tensor in _tensors(folder / shard):
+            if name in where:
+                raise ValueError(f"{folder}: {name} is in {where[name]} and in {shard}; save the model again.")
+            where[name], shapes[name] = shard, tuple(tensor.shape)
+            # Eight-bit floats have no isfinite.
+            values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+            if not torch.isfinite(values).all():
+                count = int((~torch.isfinite(values)).sum())
+                raise ValueError(
+                    f"{folder}/{shard}: {name} has {count} values that are not finite; it is not published."
+                )
+            if name in wanted:
+                shared[name] = tensor
+    for target, source in tied.items():
+        if target in shared and source in shared and not torch.equal(shared[target], shared[source]):
+            raise ValueError(
+                f"{folder}: {target} and {source} differ, but the config ties them; save the model again, or set "
+                "tie_word_embeddings=False."
+            )
+    alike = {name: {name} for name in expected}
+    for target, source in tied.items():  # of tied weights, one is enough
+        alike[target] = alike[source] = alike.get(target, {target}) | alike.get(source, {source})
+    missing = sorted(name for name in expected if not alike[name] & where.keys())
+    if missing:
+        raise ValueError(f"{folder} lacks the weights {_some(missing)}; save the model again with save_pretrained.")
+    if unexpected := sorted(where.keys() - expected.keys()):
+        raise ValueError(
+            f"{folder} has weights that the model has not: {_some(unexpected)}; config or weights are wrong."
+        )
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise ValueError(
+                f"{folder}/{where[name]}: {name} has shape {shape}, and the config wants {expected[name]}."
+            )
+    index = folder / f"model.safetensors.index{'.' if variant else ''}{variant}.json"
+    if index.is_file():
+        weight_map = read_json(index)["weight_map"]
+        wrong = sorted(n for n in weight_map.keys() | where.keys() if weight_map.get(n) != where.get(n))
+        if wrong:
+            raise ValueError(f"{index} and the shards disagree about {_some(wrong)}; save the model again.")
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not complete ({error}); save the model again.") from error
+
+
+def _check_ids(folder: Path, parsed: Any) -> None:
+    """Refuse a tokenizer or generation settings that name tokens which the model has not."""
+    config, vocab_size = read_json(folder / "config.json"), parsed.vocab_size
+    ids: dict[str, Any] = {f"config.{k}": v for k, v in config.items() if k.endswith("_token_id")}
+    if (folder / "generation_config.json").is_file():
+        generation = read_json(folder / "generation_config.json")
+        ids |= {f"generation_config.{k}": v for k, v in generation.items() if k.endswith("_token_id")}
+    if has_tokenizer(folder):
+        from transformers import AutoTokenizer
+
+        import urform  # noqa: F401  (makes UrformTokenizer known)
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        largest, token = max((id, token) for token, id in tokenizer.get_vocab().items())
+        if largest >= vocab_size:
+            raise ValueError(
+                f"{folder}: the tokenizer has {len(tokenizer)} tokens ({token!r} is number {largest}) and the model "
+                f"vocab_size={vocab_size}; publish the tokenizer that it was trained with, or resize_token_embeddings."
+            )
+        for role in ("pad_token_id", "eos_token_id"):
+            theirs, ours = getattr(tokenizer, role), getattr(parsed, role)
+            if theirs is not None and ours is not None and theirs not in (ours if isinstance(ours, list) else [ours]):
+                raise ValueError(
+                    f"{folder}: {role} is {theirs} in the tokenizer and {ours} in config.json; make them the same."
+                )
+    for name, value in ids.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not 0 <= one < vocab_size:
+                raise ValueError(f"{folder}: {name}={one} is outside of the vocabulary of {vocab_size} tokens.")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer beside the model."""
+    return (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

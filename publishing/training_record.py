@@ -1,0 +1,138 @@
+"""What a training run left on disk about itself, as a model card tells it: read from JSON and YAML, never a pickle.
+
+- `trainer_state.json`, in the folder or in its newest `checkpoint-N`: losses, evaluations, the best one, FLOPs.
+- `training_args.json` (`write_arguments`, by UrformTrainer), and `recipe.yaml` and `results.json` of `urform train`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .checkpoint_checks import read_json
+
+ARGUMENTS_NAME = "training_args.json"
+# What a reader needs to repeat a run; the rest of the 120 arguments says where and how often things were written.
+TOLD = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
+    "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "seed", "data_seed",
+)  # fmt: skip
+
+
+@dataclass
+class TrainingRecord:
+    """What is known of a run; whatever is not known is empty.
+
+    Attributes:
+        steps: Optimizer steps done.
+        epochs: Passes over the data.
+        history: Trainer's log, entry by entry.
+        results: Metrics of the last evaluation, without the prefix.
+        best: (name, value, step) of the best evaluation, where Trainer was told to watch one.
+        test: Scores on the test set, as `urform train` writes them, signatures among them.
+        flops: Floating-point operations, as Trainer counts them.
+        seconds: Duration of the training.
+        arguments: Training arguments.
+        processes: Number of processes.
+        device: Name of the device.
+        recipe: The recipe of `urform train`.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[str, float] = field(default_factory=dict)
+    best: tuple[str, float, int | None] | None = None
+    test: dict[str, Any] = field(default_factory=dict)
+    flops: float | None = None
+    seconds: float | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    device: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def curve(self) -> dict[str, list[tuple[int, float]]]:
+        """(step, loss) of training and of evaluation, as far as they were logged."""
+        curve: dict[str, list[tuple[int, float]]] = {}
+        for entry in self.history:
+            for key, name in (("loss", "training"), ("eval_loss", "evaluation")):
+                if key in entry and "step" in entry:
+                    curve.setdefault(name, []).append((int(entry["step"]), float(entry[key])))
+        return curve
+
+
+def write_arguments(folder: str | Path, arguments: Any) -> None:
+    """Write `TrainingArguments` as JSON, tokens hidden, with the device that they name."""
+    import torch
+
+    on_gpu = arguments.device.type != "cpu"
+    values = {name: value for name, value in arguments.to_dict().items() if name in TOLD}
+    told = {
+        "arguments": values,
+        "processes": arguments.world_size,
+        "device": torch.cuda.get_device_name(arguments.device) if on_gpu and torch.cuda.is_available() else
+        (arguments.device.type if on_gpu else platform.processor() or platform.machine()),
+    }  # fmt: skip
+    Path(folder, ARGUMENTS_NAME).write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def read_record(checkpoint: str | Path) -> TrainingRecord:
+    """Read what there is about the run that wrote `checkpoint` (a checkpoint, or the folder of a run)."""
+    folder = Path(checkpoint)
+    places = [folder, *_checkpoints(folder)]
+    if re.fullmatch(r"checkpoint-\d+", folder.name):
+        places.append(folder.parent)
+    record = TrainingRecord()
+    if (path := _first([folder, *_checkpoints(folder)], "trainer_state.json")) is not None:
+        _read_state(record, read_json(path))
+    if (path := _first(places, ARGUMENTS_NAME)) is not None:
+        told = read_json(path)
+        record.arguments = {name: told["arguments"][name] for name in TOLD if name in told.get("arguments", {})}
+        record.processes, record.device = int(told.get("processes", 1)), str(told.get("device", ""))
+    if (path := _first(places, "recipe.yaml")) is not None:
+        import yaml
+
+        record.recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        stated = record.recipe.get("training", {})
+        record.arguments = {**{name: stated[name] for name in TOLD if name in stated}, **record.arguments}
+    if (path := _first([folder], "results.json")) is not None:
+        results = read_json(path)
+        record.test = results.get("test", {})
+        record.seconds = results.get("train_runtime", record.seconds)
+        record.flops = results.get("total_flos", record.flops)
+    return record
+
+
+def _read_state(record: TrainingRecord, state: dict[str, Any]) -> None:
+    record.history = [entry for entry in state.get("log_history", []) if isinstance(entry, dict)]
+    record.steps, record.epochs = state.get("global_step"), state.get("epoch")
+    record.flops = state.get("total_flos") or None
+    skipped = ("runtime", "per_second", "steps", "epoch", "mem_")
+    for entry in record.history:
+        record.seconds = entry.get("train_runtime", record.seconds)
+        found = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+        found = {
+            key: float(value)
+            for key, value in found.items()
+            if isinstance(value, (int, float)) and not any(part in key for part in skipped)
+        }
+        record.results = found or record.results
+    if isinstance(state.get("best_metric"), (int, float)):
+        value, step = state["best_metric"], state.get("best_global_step")
+        names = [k for e in record.history for k, v in e.items() if k.startswith("eval_") and v == value]
+        record.best = (names[0].removeprefix("eval_") if names else "best metric", float(value), step)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: -int(p.name.partition("-")[2]))
+
+
+def _first(places: list[Path], name: str) -> Path | None:
+    return next((place / name for place in places if (place / name).is_file()), None)
