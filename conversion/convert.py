@@ -220,7 +220,9 @@ def _refusal(what: str, where: str, obstacles: Mapping[str, str], error: Excepti
 
 
 def _build(family: Family, fields: dict[str, Any]) -> PreTrainedConfig:
-    return getattr(transformers, family.stock_config)(**fields)
+    config_class = getattr(transformers, family.stock_config)
+    known = _names(config_class) | set(config_class.attribute_map)  # None for another would be a field of no meaning
+    return config_class(**{name: value for name, value in fields.items() if name in known or value is not None})
 
 
 def stock_config(config: UrformConfig, family: Family, head: Head) -> PreTrainedConfig:

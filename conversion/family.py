@@ -48,6 +48,7 @@ from ..configuration.configuration_urform import UrformConfig
 
 Tensors = Sequence[Tensor]
 Shapes = Sequence[torch.Size]
+Fill = float | Callable[[torch.Size], Tensor]
 
 # Fields of the same name and meaning on both sides, for every family.
 COMMON = (
@@ -109,14 +110,15 @@ class Rule:
             the backbone, in `Head.weights` in full.
         ours: Name or names here, likewise.
         op: What happens to them.
-        fill: Where we lack the tensor by configuration: the value that the stock one has throughout, else it is
-            refused (BART's `final_logits_bias` is a zero for a model without `lm_head_bias`).
+        fill: Where we lack the tensor by configuration: the value that the stock one has throughout, or how its class
+            makes it of the shape, else it is refused (BART's `final_logits_bias` is a zero for a model without
+            `lm_head_bias`). A checkpoint may lack it.
     """
 
     stock: str | tuple[str, ...]
     ours: str | tuple[str, ...]
     op: Op = COPY
-    fill: float | None = None
+    fill: Fill | None = None
 
     def names(self, layer: int) -> tuple[list[str], list[str]]:
         """The names there and here for one layer."""

@@ -15,6 +15,7 @@ from torch import Tensor
 import urform
 
 EXACT = 1e-5
+SHIFTS_SOURCE = ("UrformForSequenceClassification", "UrformForQuestionAnswering")
 BOOKKEEPING = {"urform", "transformers_version", "architectures", "dtype", "_name_or_path"}
 
 
@@ -32,7 +33,10 @@ def random_stock(name: str, seed: int = 0, **fields: Any) -> Any:
 def shake(model: Any) -> None:
     """Random weights, biases and norms, none of them zero; persistent buffers of floats too."""
     with torch.no_grad():
-        for tensor in [*model.parameters(), *(b for n, b in model.named_buffers() if n in model.state_dict())]:
+        trained = [
+            parameter for parameter in model.parameters() if parameter.requires_grad
+        ]  # Marian's sinusoids do not
+        for tensor in [*trained, *(b for n, b in model.named_buffers() if n in model.state_dict())]:
             if not tensor.is_floating_point():
                 continue
             if tensor.ndim == 1:
@@ -72,6 +76,13 @@ def inputs_of(model: Any, kind: str, side: str) -> dict[str, Tensor]:
     vocab, pad = config.vocab_size, 0 if config.pad_token_id is None else config.pad_token_id
     ids, mask = padded(side, vocab, pad)
     inputs = {"input_ids": ids, "attention_mask": mask}
+    if config.is_encoder_decoder and kind in SHIFTS_SOURCE:
+        end = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # stock classifiers read what stands where the source has eos
+        ids = inputs["input_ids"] = ids.where(ids != config.eos_token_id, 3).scatter(
+            1, end[:, None], config.eos_token_id
+        )
+        if side == "left":  # stock models shift padding too, and do not mask it
+            inputs["decoder_input_ids"] = torch.randint(3, vocab, ids.shape)
     if kind == "UrformForMultipleChoice":
         more, more_mask = padded(side, vocab, pad)
         inputs = {"input_ids": torch.stack((ids, more), 1), "attention_mask": torch.stack((mask, more_mask), 1)}
@@ -109,6 +120,8 @@ def compare(stock: Any, ours: Any, side: str, **more: Any) -> float:
     pairs = ours.config.is_encoder_decoder
     real = inputs["attention_mask"].bool()
     target = inputs["labels"] != -100 if pairs and kind == "UrformForConditionalGeneration" else None
+    if pairs and kind in SHIFTS_SOURCE and "decoder_input_ids" not in inputs:
+        target = real
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         want = stock(**inputs, output_hidden_states=True)
@@ -120,7 +133,7 @@ def compare(stock: Any, ours: Any, side: str, **more: Any) -> float:
         where = None
         if name == "logits" and kind in ("UrformForCausalLM", "UrformForMaskedLM", "UrformForTokenClassification"):
             where = real
-        elif kind == "UrformForConditionalGeneration":
+        elif pairs and name != "logits" or kind == "UrformForConditionalGeneration":
             where = target
         elif not pairs and name in ("last_hidden_state", "start_logits", "end_logits"):
             where = real
@@ -165,6 +178,8 @@ def compare_generation(stock: Any, ours: Any, new_tokens: int = 6) -> None:
     for settings in ({}, {"use_cache": False}, {"num_beams": 3}):
         settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, **settings}
         have = ours.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **settings)
+        if getattr(stock.config, "num_decoder_layers", 0) > stock.config.num_hidden_layers:
+            settings = {**settings, "use_cache": False}  # stock T5's cache has as many layers as its encoder
         want = stock.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **settings)
         assert have.tolist() == want.tolist(), f"generation with {settings}"
 
