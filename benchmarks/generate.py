@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from workloads import BASE, ENGLISH, PAD, SMALL, Size, pad, random_ids, translators
 
 
-def generation(model: nn.Module, inputs: dict[str, Tensor], new_tokens: int, beams: int) -> Callable[[int], None]:
-    """Give a call that generates for all sources and checks how many tokens came back."""
+def generation(
+    model: nn.Module, inputs: dict[str, Tensor], new_tokens: int, beams: int, given: int = 1
+) -> Callable[[int], None]:
+    """Give a call that generates for all sources and checks how many tokens came back, behind the `given` ones."""
 
     def call(round_: int) -> None:
         ids = model.generate(
             **inputs, do_sample=False, num_beams=beams, min_new_tokens=new_tokens, max_new_tokens=new_tokens
         )
-        if ids.shape[1] != new_tokens + 1:
-            raise RuntimeError(f"{type(model).__name__} gave {ids.shape[1] - 1} tokens instead of {new_tokens}")
+        if ids.shape[1] != new_tokens + given:
+            raise RuntimeError(f"{type(model).__name__} gave {ids.shape[1] - given} tokens instead of {new_tokens}")
 
     return call
 

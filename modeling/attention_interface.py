@@ -203,7 +203,7 @@ def _attend(
     if (
         q_layout is not None
         and kv_layout is not None
-        and position_bias is None
+        and not isinstance(position_bias, Bias)
         and plan.tokens is None
         and plan.keys in (None, key.shape[2])
         and query.dtype == key.dtype == value.dtype
@@ -211,8 +211,10 @@ def _attend(
         and is_direct(query, q_layout, kv_layout, plain=True)
     ):  # a decoding step: what attention() checks of users' tensors would cost as much as the attention itself
         scale = query.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
+        given = None if position_bias is None else DenseBias(position_bias)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return direct_attention(q, k, v, q_layout, kv_layout, plan.causal, plan.window, None, options["softcap"], scale)
+        settings = (plan.causal, plan.window, given, options["softcap"], scale)
+        return direct_attention(q, k, v, q_layout, kv_layout, *settings)
     if plan.keys is not None:
         key, value = key[:, :, : plan.keys], value[:, :, : plan.keys]
     bias = position_bias

@@ -132,13 +132,18 @@ class UrformRotaryEmbedding(nn.Module):
         return (angle.cos() * self.attention_scaling).to(x.dtype), (angle.sin() * self.attention_scaling).to(x.dtype)
 
 
+def turns(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Make of angles `[B, L, R]` what `rotate` takes, `[B, 1, L, R]`: the sines of the first half turn backwards."""
+    half = sin.shape[-1] // 2
+    return cos[:, None], torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)[:, None]
+
+
 def rotate(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + half) of the first features by the angles `[B, L, rotated]`."""
-    cos, sin = cos[:, None], sin[:, None]
-    rotated, kept = x_BHLD[..., : cos.shape[-1]], x_BHLD[..., cos.shape[-1] :]
-    left, right = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat((-right, left), dim=-1) * sin
-    return torch.cat((rotated, kept), dim=-1) if kept.shape[-1] else rotated
+    """Rotate pairs (i, i + R / 2) of the first R features by `turns(...)`."""
+    size = cos.shape[-1]
+    if size < x_BHLD.shape[-1]:
+        return torch.cat((rotate(x_BHLD[..., :size], cos, sin), x_BHLD[..., size:]), dim=-1)
+    return x_BHLD * cos + x_BHLD.roll(size // 2, -1) * sin
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

@@ -41,6 +41,7 @@ from .layers_urform import (
     UrformRotaryEmbedding,
     build_norm,
     sinusoidal_positions,
+    turns,
 )
 from .packing_urform import (
     DefaultAttention,
@@ -358,7 +359,7 @@ class UrformStack(UrformPreTrainedModel):
         hidden_states = dropout(hidden_states, self.config.hidden_dropout_prob, self.training)
 
         rotary = self.rotary_emb.items() if self.rotary_emb is not None else ()
-        angles = {kind: module(hidden_states, position_ids) for kind, module in rotary}
+        angles = {kind: turns(*module(hidden_states, position_ids)) for kind, module in rotary}
         encoder_hidden_states = None if cross is None else cross[0]
         masks: dict[str, Any] = {}
         biases: dict[str, Any] = {}

@@ -102,14 +102,12 @@ def _mask(
     """0 and -inf `[n, R, S]`, and which rows give zeros `[B | 1, 1, L | 1, 1]`; None where nothing does."""
     keep = visible(q_layout, kv_layout, causal, window)
     mask = empty = None
-    if keep is not None:
-        if not bool(keep.all()):
-            mask = torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, -torch.inf)
-            mask = mask.expand(q_layout.batch, heads, q_layout.length, -1).reshape(
-                q_layout.batch * groups, -1, kv_layout.length
-            )
+    if keep is not None and not bool(keep.all()):
+        mask = torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, -torch.inf)
+        mask = mask.expand(q_layout.batch, heads, q_layout.length, -1)
+        mask = mask.reshape(q_layout.batch * groups, -1, kv_layout.length)
         empty = ~keep.any(-1, keepdim=True)
-    if q_layout.mask is not None:
+    if q_layout.mask is not None and not bool(q_layout.mask.all()):
         padding = ~q_layout.mask[:, None, :, None]
         empty = padding if empty is None else empty | padding
     return mask, empty if empty is not None and bool(empty.any()) else None
