@@ -135,17 +135,28 @@ def real(family: str, given: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("kind", [None, "none", "left", "right", "both"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_are_eager_s(family: str, kind: str | None) -> None:
+    """Outputs close to eager's; gradients at most twice as far from eager in float64 as eager in float32 is.
+
+    ModernBERT's eager attention gives NaN in float64 where a row sees no key: there float32 is compared.
+    """
     given = inputs(family, kind)
     keep = real(family, given)
     results = []
-    for implementation in ("eager", "urform"):
-        model = build(family, implementation)
+    for implementation, dtype in (("eager", torch.float64), ("eager", torch.float32), ("urform", torch.float32)):
+        model = build(family, implementation).to(dtype)
         out = model(**given)[0][keep]
         out.square().mean().backward()
         results.append((out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
-    (want, want_grads), (got, got_grads) = results
+    (_, truth), (want, eager), (got, ours) = results
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
-    assert_gradients(got_grads, want_grads)
+    if any(exact.isnan().any() for exact in truth.values()):
+        assert family == "modernbert"
+        assert_gradients(ours, eager)
+        return
+    assert ours.keys() == truth.keys()
+    for name, exact in truth.items():
+        allowed = 2 * (eager[name] - exact).abs().max().item() + 2e-6 * exact.abs().max().item() + 1e-7
+        assert (ours[name] - exact).abs().max().item() <= allowed, name
 
 
 SIZES_PACKED = (6, 1, 7)
