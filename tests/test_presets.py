@@ -1,0 +1,190 @@
+"""Presets against what is published: the stock config of that size, converted, and the number of parameters."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import urform
+from urform import UrformConfig, list_presets
+from urform.conversion.convert import choose_family, urform_config
+
+_ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+
+# Stock class, and the published config's fields where they are not the class's defaults.
+STOCK: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert-base": ("BertForMaskedLM", {}),
+    "roberta-base": ("RobertaForMaskedLM", _ROBERTA),
+    "xlm-roberta-base": ("XLMRobertaForMaskedLM", {**_ROBERTA, "vocab_size": 250002}),
+    "distilbert-base": ("DistilBertForMaskedLM", {}),
+    "modernbert-base": ("ModernBertForMaskedLM", {"classifier_pooling": "mean"}),
+    "gpt2": ("GPT2LMHeadModel", {}),
+    "opt-125m": ("OPTForCausalLM", {}),
+    "pythia-160m": (
+        "GPTNeoXForCausalLM",
+        {
+            "vocab_size": 50304,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 2048,
+            "rotary_pct": 0.25,
+            "rotary_emb_base": 10000,
+            "use_parallel_residual": True,
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+    ),
+    "bloom-560m": (
+        "BloomForCausalLM",
+        {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880, "pad_token_id": 3},
+    ),
+    "llama-2-7b": ("LlamaForCausalLM", {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
+    "llama-3.2-1b": (
+        "LlamaForCausalLM",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "mistral-7b": ("MistralForCausalLM", {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5}),
+    "qwen2-0.5b": (
+        "Qwen2ForCausalLM",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 131072,
+            "sliding_window": 131072,
+            "max_window_layers": 24,
+            "use_sliding_window": False,
+            "tie_word_embeddings": True,
+            "rope_theta": 1000000.0,
+            "bos_token_id": 151643,
+            "eos_token_id": 151643,
+        },
+    ),
+    "qwen3-0.6b": (
+        "Qwen3ForCausalLM",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 1024,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 28,
+            "tie_word_embeddings": True,
+            "rope_theta": 1000000,
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+        },
+    ),
+    "gemma2-2b": ("Gemma2ForCausalLM", {}),
+    "gemma3-1b": (
+        "Gemma3ForCausalLM",
+        {
+            "vocab_size": 262144,
+            "hidden_size": 1152,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "intermediate_size": 6912,
+            "max_position_embeddings": 32768,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+        },
+    ),
+}
+PUBLISHED = {
+    "bert-base": 109_514_298,
+    "roberta-base": 124_697_433,
+    "xlm-roberta-base": 278_295_186,
+    "distilbert-base": 66_985_530,
+    "modernbert-base": 149_655_232,
+    "gpt2": 124_439_808,
+    "opt-125m": 125_239_296,
+    "pythia-160m": 162_322_944,
+    "bloom-560m": 559_214_592,
+    "llama-2-7b": 6_738_415_616,
+    "llama-3.2-1b": 1_235_814_400,
+    "mistral-7b": 7_241_732_096,
+    "qwen2-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
+    "gemma2-2b": 2_614_341_888,
+    "gemma3-1b": 999_885_952,
+    "t5-small": 60_506_624,
+    "vaswani-base": 63_082_496,
+    "vaswani-big": 214_245_376,
+}
+_KINDS = {"encoder": "MaskedLM", "decoder": "CausalLM", "encoder-decoder": "ConditionalGeneration"}
+
+
+def published(name: str) -> Any:
+    """The stock config of a preset."""
+    stock, fields = STOCK[name]
+    config = getattr(hf, stock).config_class(**fields)
+    config.architectures = [stock]
+    return config
+
+
+def fields_of(config: UrformConfig) -> dict[str, Any]:
+    return {k: v for k, v in config.to_dict().items() if k not in ("source_fields", "transformers_version")}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_presets_are_the_published_configs(name: str) -> None:
+    """Every field is what conversion makes of the stock config, and the way back gives the stock config again."""
+    stock, preset = published(name), UrformConfig.from_preset(name)
+    assert fields_of(preset) == fields_of(urform_config(stock))
+    ours = f"UrformFor{_KINDS[preset.architecture]}"
+    family, _, again = choose_family(preset, ours)
+    assert family.model_type == preset.source_family == stock.model_type
+    assert fields_of(urform_config(again)) == fields_of(preset)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(name: str) -> None:
+    """Of the published checkpoint's class, and of the stock class built from the published config.
+
+    Vaswani et al. give 65M and 213M in table 3; the numbers here are those of their architecture with 37,000 tokens.
+    """
+    config = UrformConfig.from_preset(name)
+    with torch.device("meta"):
+        ours = getattr(urform, f"UrformFor{_KINDS[config.architecture]}")(config)
+        counts = [sum(p.numel() for p in ours.parameters())]
+        if name in STOCK:
+            stock = getattr(hf, STOCK[name][0])(published(name))
+            counts.append(sum(p.numel() for p in stock.parameters()))
+    assert set(counts) == {PUBLISHED[name]}
+
+
+def test_every_preset_of_a_family_is_held_to_its_publication() -> None:
+    of_families = {name for name in list_presets() if UrformConfig.from_preset(name).source_family is not None}
+    assert of_families == STOCK.keys() and of_families <= PUBLISHED.keys()
