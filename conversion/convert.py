@@ -7,6 +7,7 @@ tensor without a rule, or a rule without its tensor, is an error.
 """
 
 import copy
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -454,18 +455,38 @@ class Conversion(NamedTuple):
     target: Side
 
 
-def prepare_from(stock: PreTrainedConfig, name: str, state: Mapping[str, Tensor]) -> Conversion:
-    """The conversion of a stock class of this config and these weights to Urform."""
+def prepare_from(
+    stock: PreTrainedConfig,
+    name: str,
+    state: Mapping[str, Tensor],
+    rename: Callable[[Side, Head], None] | None = None,
+) -> Conversion:
+    """The conversion of a stock class of this config and these weights to Urform.
+
+    Args:
+        stock: The class's config.
+        name: The class.
+        state: Its tensors; none is read before the config has been found to be expressible.
+        rename: Called before they are looked at, with the names that the class has: gives them those.
+    """
     family = find_family(stock)
     head = find_head(family, stock=name)
+    config = urform_config(stock, head, family=family)
     model = empty(stock_class(head), stock, **head.options)
-    config = urform_config(stock, head, family=family, untied=is_untied(model, head, state))
+    if rename is not None:
+        rename(Side.of(model), head)
+    if is_untied(model, head, state):
+        with warnings.catch_warnings():  # given already
+            warnings.simplefilter("ignore")
+            config = urform_config(stock, head, family=family, untied=True)
     conversion = _prepare(family, head, config, stock, model, back=False)
     tied = conversion.source.tied
     for i, step in enumerate(conversion.steps):  # what a checkpoint may lack
         if step.fill is not None and not any(twin in state for name in step.sources for twin in tied[name]):
             conversion.steps[i] = step._replace(sources=())
+    known = "|".join(model._keys_to_ignore_on_load_unexpected or ("$^",))
     behind = [key for key in state if key not in conversion.source.shapes or _is_dropped(head, key)]
+    behind = [key for key in behind if not re.search(known, key)]
     if behind:
         warnings.warn(f"Urform has no place for {', '.join(sorted(behind))} of {name}; left behind", stacklevel=3)
     return conversion
@@ -491,14 +512,33 @@ def _prepare(
     return Conversion(family, head, config, stock, steps, *((ours, theirs) if back else (theirs, ours)))
 
 
-def _fill(conversion: Conversion, model: PreTrainedModel, read: Callable[[str], Tensor]) -> None:
-    """Give a new model its tensors: copies, never views of the source's."""
-    state = {}
+def assemble(
+    conversion: Conversion, state: Mapping[str, Tensor], dtype: torch.dtype, *, back: bool, cast: bool = False
+) -> PreTrainedModel:
+    """The model that a conversion leads to, of copies of the source's tensors, never views.
+
+    Args:
+        conversion: What to do.
+        state: The source's tensors.
+        dtype: The model's; tensors keep their own unless `cast`.
+        back: Whether to make the stock model; ours otherwise.
+        cast: Give every tensor `dtype`.
+    """
+    head, read = conversion.head, reader(state, conversion.source)
+    with no_init_weights():
+        if back:
+            model = stock_class(head)._from_config(conversion.stock, dtype=dtype, **head.options)
+        else:
+            model = our_class(head)._from_config(conversion.ours, dtype=dtype)
+    made = {}
     for step in conversion.steps:
         for name, tensor in run_step(step, read, conversion.ours):
-            state[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-    missing = model.load_state_dict(state, strict=False, assign=True).missing_keys
+            made[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+            if cast or not step.sources:
+                made[name] = made[name].to(dtype)
+    missing = model.load_state_dict(made, strict=False, assign=True).missing_keys
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+    return model
 
 
 def _carry(source: PreTrainedModel, target: PreTrainedModel) -> PreTrainedModel:
@@ -509,12 +549,12 @@ def _carry(source: PreTrainedModel, target: PreTrainedModel) -> PreTrainedModel:
     return target.to(source.device).train(source.training)
 
 
-def from_transformers(model: PreTrainedModel | str, **kwargs: Any) -> PreTrainedModel:
+def from_transformers(model: PreTrainedModel | str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """A Urform model that computes what a stock model computes, with the same weights.
 
     Args:
         model: A model of one of the families, or the folder or Hub id of one.
-        **kwargs: For a folder or a Hub id: as for `convert_checkpoint`, and `dtype`.
+        **kwargs: For a folder or a Hub id: see `load_stock`.
 
     Raises:
         ValueError: No such family or class, or a config that cannot be expressed, with the fields that stand in the
@@ -526,10 +566,7 @@ def from_transformers(model: PreTrainedModel | str, **kwargs: Any) -> PreTrained
         return load_stock(model, **kwargs)
     state = model.state_dict()
     conversion = prepare_from(model.config, type(model).__name__, state)
-    with no_init_weights():
-        ours = our_class(conversion.head)._from_config(conversion.ours, dtype=model.dtype)
-    _fill(conversion, ours, reader(state, conversion.source))
-    return _carry(model, ours)
+    return _carry(model, assemble(conversion, state, model.dtype, back=False))
 
 
 def to_transformers(model: PreTrainedModel, family: str | None = None) -> PreTrainedModel:
@@ -547,9 +584,4 @@ def to_transformers(model: PreTrainedModel, family: str | None = None) -> PreTra
             f"model is a {type(model).__name__}, not one of Urform's; convert those with from_transformers"
         )
     conversion = prepare_to(model.config, type(model).__name__, family)
-    with no_init_weights():
-        stock = stock_class(conversion.head)._from_config(
-            conversion.stock, dtype=model.dtype, **conversion.head.options
-        )
-    _fill(conversion, stock, reader(model.state_dict(), conversion.source))
-    return _carry(model, stock)
+    return _carry(model, assemble(conversion, model.state_dict(), model.dtype, back=True))

@@ -2,6 +2,7 @@
 """Decoder families as tables; see `family.py` for the format."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from ..configuration.configuration_urform import UrformConfig
@@ -15,6 +16,7 @@ def _heads(
     language: str | None = None,
     tokens: str = "score",
     token_axes: tuple[Axis, ...] = (),
+    renamed: Mapping[str, str] | None = None,
 ) -> tuple[Head, ...]:
     """The usual classes of a decoder; `kinds` are those that it has besides model and language model.
 
@@ -31,7 +33,12 @@ def _heads(
     }
     return (
         Head("UrformModel", model or f"{name}Model"),
-        Head("UrformForCausalLM", language or f"{name}ForCausalLM", modules("", "", {"lm_head": "lm_head"})),
+        Head(
+            "UrformForCausalLM",
+            language or f"{name}ForCausalLM",
+            modules("", "", {"lm_head": "lm_head"}),
+            renamed=renamed or {},
+        ),
         *(Head(f"Urform{kind}", f"{name}{kind}", heads[kind][0], heads[kind][1], heads[kind][2]) for kind in kinds),
     )
 
@@ -205,7 +212,7 @@ OPT = Family(
 GPT_NEOX = Family(
     "gpt_neox",
     "GPTNeoXConfig",
-    heads=_heads("GPTNeoX", *_ALL, tokens="classifier"),
+    heads=_heads("GPTNeoX", *_ALL, tokens="classifier", renamed={"embed_out.weight": "lm_head.weight"}),
     weights=(
         Rule("embed_in.weight", "decoder.embed_tokens.weight"),
         *modules("", "decoder.", {"final_layer_norm": "norm"}),

@@ -161,6 +161,7 @@ class Head:
         dropped: Regular expressions for stock tensors (full names) that have no place here and are left behind, with a
             warning; on the way back they are as the class initialises them.
         options: Keywords with which the stock class is built (BERT: `add_pooling_layer=False`).
+        renamed: {name in checkpoints: name in the class}, where transformers renames when it loads and saves.
     """
 
     ours: str
@@ -170,6 +171,7 @@ class Head:
     axes: tuple[Axis, ...] = ()
     dropped: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
