@@ -19,6 +19,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import attention  # noqa: E402
+import families  # noqa: E402
 import generate  # noqa: E402
 import harness  # noqa: E402
 import train_step  # noqa: E402
@@ -292,6 +293,7 @@ SCRIPTS = {
     train_step: ["d128-default", "d512-grouped", "bert-mlm", "bert-backbone", "t5-base", "bart-base"],
     attention: ["packed-causal", "packed-full", "short-17", "short-128", "t5-1024", "full-d128-1024"],
     generate: ["d128-greedy", "d512-beam4"],
+    families: ["t5-train", "roberta-train", "llama-train", "bart-generate", "gpt2-generate"],
 }
 
 
