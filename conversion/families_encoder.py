@@ -94,18 +94,23 @@ def _pooled(prefix: str) -> tuple[Rule, ...]:
     return modules("", "", {f"{prefix}.pooler.dense": "classifier.transform.dense", **_OUTPUT})
 
 
+_BERT_LANGUAGE = (
+    *modules("cls.predictions.transform.", "transform.", {"dense": "dense", "LayerNorm": "norm"}),
+    Rule("cls.predictions.decoder.weight", "lm_head.weight"),
+    Rule(("cls.predictions.decoder.bias", "cls.predictions.bias"), "lm_head.bias", _TWICE),
+)
+
 BERT = Family(
     "bert",
     "BertConfig",
-    heads=_bert_heads(
-        "Bert",
-        (
-            *modules("cls.predictions.transform.", "transform.", {"dense": "dense", "LayerNorm": "norm"}),
-            Rule("cls.predictions.decoder.weight", "lm_head.weight"),
-            Rule(("cls.predictions.decoder.bias", "cls.predictions.bias"), "lm_head.bias", _TWICE),
+    heads=(
+        *_bert_heads("Bert", _BERT_LANGUAGE, _pooled("bert"), _pooled("bert")),
+        Head(
+            "UrformForMaskedLM",
+            "BertForPreTraining",
+            _BERT_LANGUAGE,
+            dropped=(r"bert\.pooler\.dense\..*", r"cls\.seq_relationship\..*"),
         ),
-        _pooled("bert"),
-        _pooled("bert"),
     ),
     weights=_BERT_WEIGHTS,
     fixed=_BERT,

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from conversion_cases import check_parity, check_round_trip, close, config_of, inputs_of, padded, random_stock, shake
+from test_conversion_decoder import draw_rope
 from torch import Tensor, nn
 
 import urform
@@ -17,19 +18,11 @@ from urform.conversion.families import FAMILIES
 from urform.conversion.families_encoder import ENCODERS
 
 NAMES = [family.model_type for family in ENCODERS]
-HEADS = [(family.model_type, head.stock) for family in ENCODERS for head in family.heads]
-ROPES: list[dict[str, Any]] = [
-    {"rope_type": "default"},
-    {"rope_type": "linear", "factor": 2.0},
-    {"rope_type": "dynamic", "factor": 2.0},
-    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
-    {
-        "rope_type": "llama3",
-        "factor": 2.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
+HEADS = [
+    (family.model_type, head.stock)
+    for family in ENCODERS
+    for head in family.heads
+    if head.stock != "BertForPreTraining"  # which has another task beside
 ]
 
 
@@ -75,9 +68,8 @@ def draw(name: str, seed: int) -> dict[str, Any]:
             window.update(global_rope_theta=rng.choice([50.0, 160000.0]), local_rope_theta=rng.choice([10.0, 10000.0]))
         else:
             kinds = ("full_attention", "sliding_attention")
-            window["rope_parameters"] = {
-                kind: {"rope_theta": rng.choice([10.0, 500.0]), **rng.choice(ROPES)} for kind in kinds
-            }
+            window["rope_parameters"] = {kind: draw_rope(rng, hidden // heads) for kind in kinds}
+            places = rng.choice([7, 32])  # lengths of 9 grow a dynamic rope
         return {
             **fields,
             **window,
@@ -274,6 +266,17 @@ def test_the_pooler_is_left_behind_with_a_warning(name: str) -> None:
     with pytest.warns(UserWarning, match=r"no place for pooler\.dense\.bias, pooler\.dense\.weight of .*Model"):
         ours = urform.from_transformers(model)
     assert urform.to_transformers(ours).pooler is None
+
+
+def test_the_next_sentence_is_left_behind_with_a_warning() -> None:
+    """BERT's pretraining class is a masked language model, and another task."""
+    model = random_stock("BertForPreTraining", 0, **draw("bert", 0))
+    with pytest.warns(UserWarning, match=r"no place for bert\.pooler\.dense\.bias, .*cls\.seq_relationship\.weight"):
+        ours = urform.from_transformers(model)
+    ids, mask = padded("right", model.config.vocab_size, 0)
+    logits = ours(input_ids=ids, attention_mask=mask).logits
+    close(logits, model(input_ids=ids, attention_mask=mask).prediction_logits, "logits", mask.bool())
+    assert type(urform.to_transformers(ours)) is hf.BertForMaskedLM
 
 
 @pytest.mark.parametrize(("name", "stock"), [pair for pair in HEADS if "Masked" in pair[1] or "Sequence" in pair[1]])
