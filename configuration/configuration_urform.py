@@ -140,7 +140,8 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         decoder_start_token_id: What the decoder's input begins with. None: the eos token, as in fairseq.
         decoder_start_from_labels: In training it begins with the labels' last token instead, the language's code
             (mBART; Liu et al. 2020).
-        source_family: The transformers model type that the weights came from (`from_transformers`).
+        source_family: The transformers model type of its weights (`from_transformers`) or its preset, to which
+            `to_transformers` goes back.
         source_fields: What that family's config held that changes no number here, for the way back.
 
     Raises:
@@ -407,6 +408,14 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
             self.first_norm or self.norm_position in ("pre", "sandwich"),
             f"first_norm=False leaves the norm before the first layer out, which norm_position={self.norm_position!r} "
             "does not allow; set it to True",
+        )
+        least = 2 if self.architecture == "decoder" else 4
+        buckets, farthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        need(
+            self.position_encoding != "t5"
+            or (buckets >= least and farthest > buckets // (4 if self.architecture == "encoder" else 2)),
+            f"relative_attention_num_buckets={buckets} and relative_attention_max_distance={farthest} leave no "
+            f"logarithmic buckets; use at least {least} buckets and a larger distance",
         )
         need(
             self.position_counting == "mask" or self.position_encoding in ("learned", "sinusoidal"),

@@ -76,7 +76,8 @@ def what_matters(config: UrformConfig, ours: str) -> dict[str, Any]:
     names = _names(config) - _WITHOUT_EFFECT - _TRAINING_ONLY
     found = {name: getattr(config, name) for name in names}
     language = hasattr(getattr(modeling_urform, ours), "project")
-    encodes, pairs = config.architecture == "encoder", config.is_encoder_decoder
+    encodes, alone = config.architecture == "encoder", ours == "UrformEncoderModel"
+    pairs = config.is_encoder_decoder and not alone
     classifies = ours in (
         "UrformForSequenceClassification",
         "UrformForTokenClassification",
@@ -117,7 +118,8 @@ def what_matters(config: UrformConfig, ours: str) -> dict[str, Any]:
         "rope_parameters": positions == "rope",
         "sliding_window": sliding,
         "norm_bias": config.norm_type == "layernorm",
-        **dict.fromkeys(("share_embeddings", "decoder_start_token_id", "decoder_start_from_labels"), pairs),
+        **dict.fromkeys(("share_embeddings", *(name for name in names if name.startswith("decoder_"))), pairs),
+        "architecture": not alone,
     }
     for name, spell in spelled.items():
         if name in found:
@@ -520,7 +522,7 @@ def assemble(
     Args:
         conversion: What to do.
         state: The source's tensors.
-        dtype: The model's; tensors keep their own unless `cast`.
+        dtype: The model's; a stock model's tensors keep their own unless `cast`.
         back: Whether to make the stock model; ours otherwise.
         cast: Give every tensor `dtype`.
     """
@@ -534,7 +536,7 @@ def assemble(
     for step in conversion.steps:
         for name, tensor in run_step(step, read, conversion.ours):
             made[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-            if cast or not step.sources:
+            if cast or not back or not step.sources:  # stock T5 in float16 has some float32, Urform has one dtype
                 made[name] = made[name].to(dtype)
     missing = model.load_state_dict(made, strict=False, assign=True).missing_keys
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)

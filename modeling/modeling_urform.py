@@ -80,7 +80,7 @@ def decoder_inputs(config: UrformConfig, ids: Tensor, mask: Tensor | None = None
     start: int | Tensor
     start, pad = start_and_pad(config)
     if config.decoder_start_from_labels:
-        real = (ids != -100) & (ids != pad) if mask is None else mask.bool()
+        real = (ids != -100) & (ids != pad) & (True if mask is None else mask.bool())
         last = (torch.arange(ids.shape[1], device=ids.device) * real).amax(-1, keepdim=True)
         start = ids.gather(1, last)
     return shift_right(ids, start, pad, mask)

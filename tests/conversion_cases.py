@@ -33,9 +33,7 @@ def random_stock(name: str, seed: int = 0, **fields: Any) -> Any:
 def shake(model: Any) -> None:
     """Random weights, biases and norms, none of them zero; persistent buffers of floats too."""
     with torch.no_grad():
-        trained = [
-            parameter for parameter in model.parameters() if parameter.requires_grad
-        ]  # Marian's sinusoids do not
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # not Marian's sinusoids
         for tensor in [*trained, *(b for n, b in model.named_buffers() if n in model.state_dict())]:
             if not tensor.is_floating_point():
                 continue
@@ -43,11 +41,15 @@ def shake(model: Any) -> None:
                 tensor.add_(torch.randn_like(tensor) * 0.3)
             else:
                 tensor.normal_(0.0, 1 / math.sqrt(tensor.shape[1]))
+        unused = getattr(model.base_model, "shared", None)  # where nothing is tied, as in BART then
+        if unused is not None and unused.weight is not model.get_encoder().embed_tokens.weight:
+            unused.weight.copy_(model.get_encoder().embed_tokens.weight)
 
 
 def padded(side: str, vocab: int, pad: int, length: int = 9, rows: int = 3) -> tuple[Tensor, Tensor]:
     """Ids and mask `[rows, length]`: more and more padding from the second row on, on one side or none."""
-    ids = torch.randint(3, vocab, (rows, length))
+    ids = torch.randint(5, vocab, (rows, length))
+    ids = ids.where(ids != pad, 4)
     mask = torch.ones_like(ids)
     for row in range(1, rows):
         cut = {"left": slice(None, row * 2), "right": slice(length - row * 2, None), "none": slice(0)}[side]
@@ -78,11 +80,9 @@ def inputs_of(model: Any, kind: str, side: str) -> dict[str, Tensor]:
     inputs = {"input_ids": ids, "attention_mask": mask}
     if config.is_encoder_decoder and kind in SHIFTS_SOURCE:
         end = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # stock classifiers read what stands where the source has eos
-        ids = inputs["input_ids"] = ids.where(ids != config.eos_token_id, 3).scatter(
-            1, end[:, None], config.eos_token_id
-        )
+        inputs["input_ids"] = ids.where(ids != config.eos_token_id, 4).scatter(1, end[:, None], config.eos_token_id)
         if side == "left":  # stock models shift padding too, and do not mask it
-            inputs["decoder_input_ids"] = torch.randint(3, vocab, ids.shape)
+            inputs["decoder_input_ids"] = padded("none", vocab, pad)[0]
     if kind == "UrformForMultipleChoice":
         more, more_mask = padded(side, vocab, pad)
         inputs = {"input_ids": torch.stack((ids, more), 1), "attention_mask": torch.stack((mask, more_mask), 1)}
@@ -95,7 +95,7 @@ def inputs_of(model: Any, kind: str, side: str) -> dict[str, Tensor]:
     if kind == "UrformForMaskedLM":
         return {**inputs, "labels": torch.randint(3, vocab, ids.shape).masked_fill(mask == 0, -100)}
     if kind == "UrformForConditionalGeneration":
-        labels = torch.randint(3, vocab, (3, 7))
+        labels = padded("none", vocab, pad, 7)[0]
         labels[1, 5:] = -100
         return {**inputs, "labels": labels}
     if kind == "UrformForSequenceClassification":
@@ -125,7 +125,7 @@ def compare(stock: Any, ours: Any, side: str, **more: Any) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         want = stock(**inputs, output_hidden_states=True)
-        have = ours(**inputs, output_hidden_states=True)
+        have, deep = ours(**inputs), ours(**inputs, output_hidden_states=True)  # without padding, and with it
     worst = 0.0
     for name in ("logits", "start_logits", "end_logits", "last_hidden_state"):
         if want.get(name) is None:
@@ -133,26 +133,33 @@ def compare(stock: Any, ours: Any, side: str, **more: Any) -> float:
         where = None
         if name == "logits" and kind in ("UrformForCausalLM", "UrformForMaskedLM", "UrformForTokenClassification"):
             where = real
-        elif pairs and name != "logits" or kind == "UrformForConditionalGeneration":
+        elif (pairs and name != "logits") or kind == "UrformForConditionalGeneration":
             where = target
         elif not pairs and name in ("last_hidden_state", "start_logits", "end_logits"):
             where = real
-        worst = max(worst, close(have[name], want[name], f"{name} ({side})", where))
+        worst = max(worst, *(close(output[name], want[name], f"{name} ({side})", where) for output in (have, deep)))
     for name in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
         if want.get(name) is None:
             continue
-        assert len(have[name]) == len(want[name]), name
+        assert len(deep[name]) == len(want[name]), name
         where = target if name == "decoder_hidden_states" else real.flatten(0, -2)
-        for i, (a, b) in enumerate(zip(have[name], want[name], strict=True)):
+        for i, (a, b) in enumerate(zip(deep[name], want[name], strict=True)):
             close(a, b, f"{name}[{i}] ({side})", where)
     if want.get("loss") is not None and (kind != "UrformForQuestionAnswering" or side == "none"):
         close(have.loss, want.loss, f"loss ({side})")
         for model, output in ((stock, want), (ours, have)):
             model.zero_grad()
             output.loss.backward()
-        grads = [model.get_input_embeddings().weight.grad for model in (ours, stock)]
-        close(*grads, f"gradient of the embeddings ({side})")
+        for grads in zip(*(gradients(model) for model in (ours, stock)), strict=True):
+            close(*grads, f"gradient of the embeddings ({side})")
     return worst
+
+
+def gradients(model: Any) -> list[Tensor]:
+    """The gradients of its tables of tokens, which both sides of an encoder-decoder have."""
+    if not model.config.is_encoder_decoder:
+        return [model.get_input_embeddings().weight.grad]
+    return [stack.embed_tokens.weight.grad for stack in (model.get_encoder(), model.get_decoder())]
 
 
 def compare_pad_row(stock: Any, ours: Any) -> None:
@@ -164,11 +171,8 @@ def compare_pad_row(stock: Any, ours: Any) -> None:
     for model in (stock, ours):
         model.zero_grad()
         model(**inputs).loss.backward()
-    close(
-        ours.get_input_embeddings().weight.grad,
-        stock.get_input_embeddings().weight.grad,
-        "gradient of the embeddings with a pad token inside a text",
-    )
+    for grads in zip(*(gradients(model) for model in (ours, stock)), strict=True):
+        close(*grads, "gradient of the embeddings with a pad token inside a text")
 
 
 def compare_generation(stock: Any, ours: Any, new_tokens: int = 6) -> None:
