@@ -57,13 +57,14 @@ def shift_right(ids: Tensor, start: int | Tensor, pad: int, mask: Tensor | None 
     return shifted.masked_fill(shifted == -100, pad)
 
 
-def real_targets(labels: Tensor, given: bool) -> Tensor:
-    """Which target tokens are real, `[B, L]`: none behind a row's last label, for no loss depends on what comes there.
+def real_targets(labels: Tensor, given: bool, seen: bool) -> Tensor:
+    """Which target tokens are real, `[B, L]`: unless their logits are `seen`, none behind a row's last label.
 
-    Unless the decoder's input is `given` beside the labels, none before a row's first label either: left padding.
+    No loss depends on what comes there. Unless the decoder's input is `given` beside the labels, none before a row's
+    first label either: left padding.
     """
     labelled = labels != -100
-    real = labelled.flip(-1).cummax(-1).values.flip(-1)
+    real = torch.ones_like(labelled) if seen else labelled.flip(-1).cummax(-1).values.flip(-1)
     return (real if given else real & labelled.cummax(-1).values).long()
 
 
@@ -322,8 +323,7 @@ class UrformLanguageModel(UrformPreTrainedModel):
         """
         if labels is None:
             return None, self.project(hidden, logits_to_keep)
-        if skip_logits is None:
-            skip_logits = self.training and torch.is_grad_enabled()
+        skip_logits = self.skips_logits(skip_logits)
         extra = label_smoothing != 0.0 or z_loss != 0.0
         asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or kwargs.get("shift_labels") is not None
         if asked or not self.fuses_loss() or self.lm_head.weight.device != hidden.device:
@@ -338,6 +338,10 @@ class UrformLanguageModel(UrformPreTrainedModel):
             return self._fused_loss(hidden, labels, shift, label_smoothing, z_loss, **kwargs), logits
         logits = self.project(hidden, logits_to_keep)
         return self.loss_function(logits, labels, self.config.vocab_size, **kwargs), logits
+
+    def skips_logits(self, asked: bool | None) -> bool:
+        """Whether a loss comes without logits: as `asked`, else in training."""
+        return self.training and torch.is_grad_enabled() if asked is None else asked
 
     def fuses_loss(self) -> bool:
         """Whether hidden states may meet the projection's weight outside of `lm_head` (no adapter, shard or hook)."""
@@ -434,9 +438,10 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         """
         if labels is not None:
             use_cache = False
+            skip_logits = self.skips_logits(skip_logits)
             given = decoder_input_ids is not None or decoder_inputs_embeds is not None
-            if decoder_attention_mask is None and (self.training or not given) and kwargs.get("cu_seq_lens_q") is None:
-                decoder_attention_mask = real_targets(labels, given)
+            if decoder_attention_mask is None and (skip_logits or not given) and kwargs.get("cu_seq_lens_q") is None:
+                decoder_attention_mask = real_targets(labels, given, seen=not skip_logits)
             if not given:
                 decoder_input_ids = decoder_inputs(self.config, labels, decoder_attention_mask)
         outputs = self.model(
