@@ -198,6 +198,8 @@ def urform_config(
     for name, value in have.items():
         if name in _BOOKKEEPING or name in obstacles or (name in back and back[name] == value):
             continue
+        if name == "tie_word_embeddings" and untied:
+            continue
         if name in family.training_only:
             lost[name] = kept[name] = value
         elif name in family.ignored or name not in back or (back[name] is None and value is False):
@@ -543,6 +545,14 @@ def assemble(
     return model
 
 
+def _state(model: PreTrainedModel) -> dict[str, Tensor]:
+    state = model.state_dict()
+    absent = [name for name, tensor in state.items() if tensor.is_meta]
+    if absent:
+        raise ValueError(f"{absent[0]} of the model has no storage (meta, offloaded); convert the checkpoint's folder")
+    return state
+
+
 def _carry(source: PreTrainedModel, target: PreTrainedModel) -> PreTrainedModel:
     """What is no weight: the generation config, the device, the mode, the name."""
     if target.can_generate() and source.can_generate():
@@ -566,7 +576,7 @@ def from_transformers(model: PreTrainedModel | str | os.PathLike, **kwargs: Any)
         from .checkpoints import load_stock
 
         return load_stock(model, **kwargs)
-    state = model.state_dict()
+    state = _state(model)
     conversion = prepare_from(model.config, type(model).__name__, state)
     return _carry(model, assemble(conversion, state, model.dtype, back=False))
 
@@ -586,4 +596,4 @@ def to_transformers(model: PreTrainedModel, family: str | None = None) -> PreTra
             f"model is a {type(model).__name__}, not one of Urform's; convert those with from_transformers"
         )
     conversion = prepare_to(model.config, type(model).__name__, family)
-    return _carry(model, assemble(conversion, model.state_dict(), model.dtype, back=True))
+    return _carry(model, assemble(conversion, _state(model), model.dtype, back=True))
