@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..configuration.configuration_urform import UrformConfig
-from .convert import Conversion, Side, assemble, our_class, prepare_from, prepare_to, reader, run_step, stock_class
+from .convert import Conversion, assemble, our_class, prepare_from, prepare_to, stock_class
 from .families import FAMILIES
 from .family import Head
+from .tensors import Side, reader, run_step
 
 _INDEX = "model.safetensors.index.json"
 _CARRIED = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "LICENSE*", "NOTICE*"]

@@ -237,7 +237,11 @@ _T5_WEIGHTS = (
 
 
 def _t5_heads(name: str) -> tuple[Head, ...]:
-    alone = {"architecture": "encoder", "decoder_num_hidden_layers": None}
+    alone: dict[str, Any] = {
+        "fixed": {"architecture": "encoder", "decoder_num_hidden_layers": None},
+        # the class itself sets these
+        "axes": (Axis(lambda stock: {}, lambda config: {"use_cache": False, "is_encoder_decoder": False}),),
+    }
     classifier = {
         "classification_head.dense": "classifier.transform.dense",
         "classification_head.out_proj": "classifier.out_proj",
@@ -245,13 +249,13 @@ def _t5_heads(name: str) -> tuple[Head, ...]:
     return (
         Head("UrformModel", f"{name}Model"),
         Head("UrformForConditionalGeneration", f"{name}ForConditionalGeneration", (_LM_HEAD,)),
-        Head("UrformEncoderModel", f"{name}EncoderModel", fixed=alone),
+        Head("UrformEncoderModel", f"{name}EncoderModel", **alone),
         Head("UrformForSequenceClassification", f"{name}ForSequenceClassification", modules("", "", classifier)),
         Head(
             "UrformForTokenClassification",
             f"{name}ForTokenClassification",
             modules("", "", {"classifier": "classifier.out_proj"}),
-            fixed=alone,
+            **alone,
         ),
         Head(
             "UrformForQuestionAnswering", f"{name}ForQuestionAnswering", modules("", "", {"qa_outputs": "qa_outputs"})
@@ -303,7 +307,7 @@ _T5: dict[str, Any] = {
         "norm_eps": "layer_norm_epsilon",
     },
     "training_only": ("initializer_factor",),
-    "ignored": ("is_decoder", "is_encoder_decoder", "feed_forward_proj", "num_decoder_layers"),
+    "ignored": ("is_decoder", "is_encoder_decoder", "use_cache", "feed_forward_proj", "num_decoder_layers"),
     "held_by_weights": ("tie_word_embeddings",),
 }
 _T5_AXES = (_CLASSIFIER_DROPOUT, Axis(_t5_to_urform, _t5_to_stock))

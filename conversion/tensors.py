@@ -1,0 +1,129 @@
+# Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
+"""Tensors by the tables of `families.py`, both ways: which become which, from the names and shapes of both sides.
+
+A tensor without a rule, and a rule without its tensor, is an error.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..configuration.configuration_urform import UrformConfig
+from .family import Family, Fill, Head, Shapes, Tensors
+
+Transform = Callable[[Tensors, Shapes, UrformConfig], Tensors]
+
+
+class Step(NamedTuple):
+    """One rule for one layer: read `sources`, apply `op`, write `targets` of these shapes.
+
+    One side may be empty: `targets` are filled with `fill`, or `sources` must be full of it and are left behind.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    op: Transform
+    fill: Fill | None = None
+
+
+class Side(NamedTuple):
+    """The tensors of a model: name to shape, and name to the names that share its storage (itself among them)."""
+
+    shapes: dict[str, torch.Size]
+    tied: dict[str, tuple[str, ...]]
+    prefix: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, untied: Collection[str] = ()) -> "Side":
+        """Of a model on any device, meta too; `untied` names tensors to be counted alone."""
+        tensors = model.state_dict(keep_vars=True)
+        groups: dict[Any, list[str]] = {}
+        for name, tensor in tensors.items():
+            groups.setdefault(name if name in untied else id(tensor), []).append(name)
+        prefix = model.base_model_prefix
+        return cls(
+            {name: tensor.shape for name, tensor in tensors.items()},
+            {name: tuple(group) for group in groups.values() for name in group},
+            f"{prefix}." if prefix and hasattr(model, prefix) else "",
+        )
+
+
+def _instances(family: Family, head: Head, config: UrformConfig, stock: Side, ours: Side) -> Iterator[tuple]:
+    """Every rule for every layer, as (rule, names there, names here)."""
+    layers = max(config.num_hidden_layers, config.decoder_num_hidden_layers or 0)
+    for rules, there, here in ((family.weights, stock.prefix, ours.prefix), (head.weights, "", "")):
+        for rule in rules:
+            for layer in range(layers if rule.names(0) != rule.names(1) else 1):
+                theirs, own = rule.names(layer)
+                yield rule, tuple(there + name for name in theirs), tuple(here + name for name in own)
+
+
+def plan(family: Family, head: Head, config: UrformConfig, stock: Side, ours: Side, *, back: bool) -> list[Step]:
+    """Which tensors become which; `back` is the way from Urform to the stock class.
+
+    Raises:
+        ValueError: A tensor of either side has no rule: the table is incomplete.
+    """
+    left_theirs = {name for name in stock.shapes if not _is_dropped(head, name)}
+    left_ours = set(ours.shapes)
+    steps: list[Step] = []
+    for rule, theirs, own in _instances(family, head, config, stock, ours):
+        here = all(name in ours.shapes for name in own)
+        if not all(name in stock.shapes for name in theirs) or not (here or rule.fill is not None):
+            continue
+        own = own if here else ()
+        sources, targets, side = (own, theirs, stock) if back else (theirs, own, ours)
+        left = left_theirs if back else left_ours
+        if not targets or left.intersection(targets):  # else written already, under the name of a tied tensor
+            shapes = tuple(side.shapes[name] for name in targets)
+            op = rule.op.to_stock if back else rule.op.to_ours
+            steps.append(Step(sources, targets, shapes, op, rule.fill))
+        left_theirs.difference_update(*(stock.tied[name] for name in theirs))
+        left_ours.difference_update(*(ours.tied[name] for name in own))
+    if left_theirs or left_ours:
+        raise ValueError(
+            f"the table of the family {family.model_type!r} has no rule for {sorted(left_theirs)} of {head.stock} and "
+            f"{sorted(left_ours)} of {head.ours}"
+        )
+    return steps
+
+
+def run_step(step: Step, read: Callable[[str], Tensor], config: UrformConfig) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a step by name, as its rule makes them of what `read` gives for a name.
+
+    Raises:
+        ValueError: A tensor has another shape than the config says, or should be constant and is not.
+    """
+    sources = [read(name) for name in step.sources]
+    if step.fill is not None and not (sources and step.targets):
+        for name, tensor in zip(step.sources, sources, strict=False):
+            if not torch.allclose(tensor.float(), _full(tensor.shape, step.fill), atol=torch.finfo(tensor.dtype).eps):
+                what = step.fill if isinstance(step.fill, float) else "what its class makes of it"
+                raise ValueError(f"{name} is not {what} throughout, but Urform's config has no such tensor")
+        yield from ((name, _full(shape, step.fill)) for name, shape in zip(step.targets, step.shapes, strict=True))
+        return
+    for name, shape, tensor in zip(step.targets, step.shapes, step.op(sources, step.shapes, config), strict=True):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} comes out as {list(tensor.shape)}, the config says {list(shape)}")
+        yield name, tensor
+
+
+def _full(shape: torch.Size, fill: Fill) -> Tensor:
+    return torch.full(shape, fill) if isinstance(fill, float) else fill(shape)
+
+
+def reader(state: Mapping[str, Tensor], side: Side) -> Callable[[str], Tensor]:
+    """How to read a tensor of a side from `state`, under whichever of its tied names it is there."""
+
+    def read(name: str) -> Tensor:
+        for twin in (name, *side.tied[name]):
+            if twin in state:
+                return state[twin]
+        raise ValueError(f"the weights lack {name}; the checkpoint is incomplete or of another class")
+
+    return read
