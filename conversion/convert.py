@@ -18,7 +18,7 @@ from ..configuration.configuration_urform import UrformConfig
 from ..modeling import modeling_urform
 from .configs import choose_family, find_family, find_head, urform_config
 from .family import Family, Head
-from .tensors import Side, Step, plan, reader, run_step
+from .tensors import Side, Step, is_dropped, plan, reader, run_step
 
 
 def empty(model_class: type[PreTrainedModel], config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
@@ -96,15 +96,11 @@ def prepare_from(
         if step.fill is not None and not any(twin in state for name in step.sources for twin in tied[name]):
             conversion.steps[i] = step._replace(sources=())
     known = "|".join(model._keys_to_ignore_on_load_unexpected or ("$^",))
-    behind = [key for key in state if key not in conversion.source.shapes or _is_dropped(head, key)]
+    behind = [key for key in state if key not in conversion.source.shapes or is_dropped(head, key)]
     behind = [key for key in behind if not re.search(known, key)]
     if behind:
         warnings.warn(f"Urform has no place for {', '.join(sorted(behind))} of {name}; left behind", stacklevel=3)
     return conversion
-
-
-def _is_dropped(head: Head, name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in head.dropped)
 
 
 def prepare_to(config: UrformConfig, name: str, family: str | None) -> Conversion:

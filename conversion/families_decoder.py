@@ -51,22 +51,26 @@ def _rope_to_stock(config: UrformConfig) -> dict[str, Any]:
     return {"rope_parameters": copy.deepcopy(config.rope_parameters)}
 
 
-def _without_partial(rope: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters, flat or per layer type, without a `partial_rotary_factor` other than 1."""
+def _as_read(rope: dict[str, Any], per_layer_type: bool = False) -> dict[str, Any]:
+    """Rotary parameters without those that transformers overlooks.
+
+    They are a `partial_rotary_factor` other than 1, and within a dict per layer type `truncate=False`.
+    """
+    overlooked = {"partial_rotary_factor": 1.0, **({"truncate": True} if per_layer_type else {})}
     return {
-        name: _without_partial(value) if isinstance(value, dict) else value
+        name: _as_read(value, True) if isinstance(value, dict) else value
         for name, value in rope.items()
-        if name != "partial_rotary_factor" or value == 1.0
+        if overlooked.get(name, value) == value
     }
 
 
 PARTIAL_ROPE = Axis(lambda stock: {"rope_parameters": copy.deepcopy(stock.rope_parameters)}, _rope_to_stock)
-# Classes whose attention rotates whole heads, whatever `partial_rotary_factor` says: it does not survive.
-ROPE = Axis(lambda stock: {"rope_parameters": copy.deepcopy(_without_partial(stock.rope_parameters))}, _rope_to_stock)
+# For classes whose attention rotates whole heads, whatever `partial_rotary_factor` says. What is overlooked does not
+# survive the way there and back, and so is refused.
+ROPE = Axis(lambda stock: {"rope_parameters": copy.deepcopy(_as_read(stock.rope_parameters))}, _rope_to_stock)
 
 
 def classifier_rate(config: UrformConfig) -> float:
-    """The dropout before a classifier, as a number."""
     """Dropout before the classifier, None resolved."""
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
 

@@ -3,9 +3,9 @@
 
 A family is one `Family`: how its config's fields are called here (`fields`), what they always are (`fixed`), what is
 no plain rename (`axes`), which of its classes is which of ours (`heads`), and how its tensors are called, cut and
-turned (`weights`). `configs.py` and `tensors.py` read these tables; nothing else knows a family. There is no code per tensor, and
-what a table does not say is refused: a config that does not come back as it went stands in the way, and so does a
-tensor without a rule. A worked example, complete but for its other heads:
+turned (`weights`). `configs.py` and `tensors.py` read these tables; nothing else knows a family. There is no code per
+tensor, and what a table does not say is refused: a config that does not come back as it went stands in the way, and so
+does a tensor without a rule. A worked example, complete but for its other heads:
 
     GPT2 = Family(
         "gpt2",

@@ -6,7 +6,7 @@ A tensor without a rule, and a rule without its tensor, is an error.
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,13 +63,18 @@ def _instances(family: Family, head: Head, config: UrformConfig, stock: Side, ou
                 yield rule, tuple(there + name for name in theirs), tuple(here + name for name in own)
 
 
+def is_dropped(head: Head, name: str) -> bool:
+    """Whether a stock tensor has no place here, by the table."""
+    return any(re.fullmatch(pattern, name) for pattern in head.dropped)
+
+
 def plan(family: Family, head: Head, config: UrformConfig, stock: Side, ours: Side, *, back: bool) -> list[Step]:
     """Which tensors become which; `back` is the way from Urform to the stock class.
 
     Raises:
         ValueError: A tensor of either side has no rule: the table is incomplete.
     """
-    left_theirs = {name for name in stock.shapes if not _is_dropped(head, name)}
+    left_theirs = {name for name in stock.shapes if not is_dropped(head, name)}
     left_ours = set(ours.shapes)
     steps: list[Step] = []
     for rule, theirs, own in _instances(family, head, config, stock, ours):
