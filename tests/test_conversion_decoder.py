@@ -21,7 +21,7 @@ HEADS = [(family.model_type, head.stock) for family in DECODERS for head in fami
 ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
-def draw_rope(rng: random.Random, width: int) -> dict[str, Any]:
+def draw_rope(rng: random.Random, width: int, per_layer_type: bool = False) -> dict[str, Any]:
     """Rotary parameters for `width` rotated features; lengths of 9 are beyond some `original`."""
     kind = rng.choice(ROPES)
     original = rng.choice([6, 8, 16])
@@ -34,7 +34,9 @@ def draw_rope(rng: random.Random, width: int) -> dict[str, Any]:
     if kind == "yarn":
         rope["original_max_position_embeddings"] = original
         rope.update(rng.choice([{}, {"attention_factor": 1.2}, {"mscale": 0.7, "mscale_all_dim": 0.4}]))
-        rope.update(rng.choice([{}, {"beta_fast": 16.0, "beta_slow": 2.0}, {"truncate": False}]))
+        rope.update(
+            rng.choice([{}, {"beta_fast": 16.0, "beta_slow": 2.0}, {} if per_layer_type else {"truncate": False}])
+        )
     if kind == "longrope":
         rope["original_max_position_embeddings"] = original
         for name in ("short_factor", "long_factor"):
@@ -70,7 +72,7 @@ def draw(name: str, seed: int) -> dict[str, Any]:
     act = rng.choice(["silu", "gelu", "relu", "gelu_new", "gelu_pytorch_tanh", "tanh"])
     eps = rng.choice([1e-6, 1e-5, 1e-3])
     inner = rng.choice([13, 40, 64])
-    rope = draw_rope(rng, width)
+    rope = draw_rope(rng, width, name == "gemma3_text")
     positions = rng.choice([7, 32])  # lengths of 9 grow a dynamic rope
     window = rng.choice([2, 3, 5, 20])
     kinds = draw_window(rng, layers)
@@ -123,7 +125,7 @@ def draw(name: str, seed: int) -> dict[str, Any]:
         fields["attn_logit_softcapping"] = rng.choice([None, 2.0, 50.0])
         fields["final_logit_softcapping"] = rng.choice([None, 1.0, 30.0])
         if name == "gemma3_text":
-            local = draw_rope(rng, width)
+            local = draw_rope(rng, width, True)
             rope = {"full_attention": rope, "sliding_attention": local}
         return {**fields, "rope_parameters": rope}
     fields["hidden_act"] = act

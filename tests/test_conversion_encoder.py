@@ -68,7 +68,7 @@ def draw(name: str, seed: int) -> dict[str, Any]:
             window.update(global_rope_theta=rng.choice([50.0, 160000.0]), local_rope_theta=rng.choice([10.0, 10000.0]))
         else:
             kinds = ("full_attention", "sliding_attention")
-            window["rope_parameters"] = {kind: draw_rope(rng, hidden // heads) for kind in kinds}
+            window["rope_parameters"] = {kind: draw_rope(rng, hidden // heads, True) for kind in kinds}
             places = rng.choice([7, 32])  # lengths of 9 grow a dynamic rope
         return {
             **fields,
@@ -309,6 +309,11 @@ REFUSED = [
     (
         "ModernBertModel",
         {"rope_parameters": {k: {"rope_theta": 9.0, "rope_type": "default", "partial_rotary_factor": 0.5}
+                             for k in ("full_attention", "sliding_attention")}},
+    ),
+    (  # transformers overlooks it, where there is a dict per layer type
+        "ModernBertModel",
+        {"rope_parameters": {k: {"rope_theta": 9.0, "rope_type": "yarn", "factor": 2.0, "truncate": False}
                              for k in ("full_attention", "sliding_attention")}},
     ),
     ("BertModel", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
