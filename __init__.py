@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .configuration.configuration_urform import UrformConfig, list_presets
     from .conversion.convert import from_transformers, to_transformers
+    from .conversion.torch_transformer import from_torch_transformer
+    from .diagnostics.bundle import check_bundle
     from .diagnostics.isolation import check_isolation
     from .diagnostics.kernels_check import check_kernels
     from .modeling.kernels.attention_biases import ALiBi, DenseBias, RelativeBias, T5Bias
@@ -63,8 +65,10 @@ __all__ = [
     "__version__",
     "attention",
     "attention_backends",
+    "check_bundle",
     "check_isolation",
     "check_kernels",
+    "from_torch_transformer",
     "from_transformers",
     "linear_cross_entropy",
     "list_presets",
@@ -74,6 +78,8 @@ __all__ = [
 _HOME = {
     "configuration.configuration_urform": ("UrformConfig", "list_presets"),
     "conversion.convert": ("from_transformers", "to_transformers"),
+    "conversion.torch_transformer": ("from_torch_transformer",),
+    "diagnostics.bundle": ("check_bundle",),
     "diagnostics.isolation": ("check_isolation",),
     "diagnostics.kernels_check": ("check_kernels",),
     "modeling.kernels.attention_biases": ("ALiBi", "DenseBias", "RelativeBias", "T5Bias"),
@@ -144,7 +150,7 @@ def _register_models(auto: Any, configuration: Any) -> None:
 
 
 def _register_tokenizer(auto: Any) -> None:
-    # By its name alone: were it also in TOKENIZER_MAPPING, transformers would take a repository's copy of the class with
+    # By its name alone: were it in TOKENIZER_MAPPING too, transformers would take a repository's copy of the class with
     # trust_remote_code=True, and not, as it does for models, the installed one.
     if not isinstance(auto.REGISTERED_TOKENIZER_CLASSES, _LazyClasses):
         auto.REGISTERED_TOKENIZER_CLASSES = _LazyClasses(auto.REGISTERED_TOKENIZER_CLASSES)

@@ -27,6 +27,9 @@ def random_stock(name: str, seed: int = 0, **fields: Any) -> Any:
     config._attn_implementation = "eager"  # the definition; sdpa knows no softcap
     model = model_class(config).eval()
     shake(model)
+    unused = getattr(model.base_model, "shared", None)  # BART's, where nothing is tied
+    if unused is not None and unused.weight is not model.get_encoder().embed_tokens.weight:
+        unused.weight.data.copy_(model.get_encoder().embed_tokens.weight)
     return model
 
 
@@ -41,9 +44,6 @@ def shake(model: Any) -> None:
                 tensor.add_(torch.randn_like(tensor) * 0.3)
             else:
                 tensor.normal_(0.0, 1 / math.sqrt(tensor.shape[1]))
-        unused = getattr(model.base_model, "shared", None)  # where nothing is tied, as in BART then
-        if unused is not None and unused.weight is not model.get_encoder().embed_tokens.weight:
-            unused.weight.copy_(model.get_encoder().embed_tokens.weight)
 
 
 def padded(side: str, vocab: int, pad: int, length: int = 9, rows: int = 3) -> tuple[Tensor, Tensor]:
@@ -99,6 +99,10 @@ def inputs_of(model: Any, kind: str, side: str) -> dict[str, Tensor]:
         labels[1, 5:] = -100
         return {**inputs, "labels": labels}
     if kind == "UrformForSequenceClassification":
+        if config.problem_type == "multi_label_classification":
+            return {**inputs, "labels": torch.randint(0, 2, (3, config.num_labels)).float()}
+        if config.num_labels == 1 or config.problem_type == "regression":
+            return {**inputs, "labels": torch.randn(3, config.num_labels).squeeze(-1)}
         return {**inputs, "labels": torch.randint(0, config.num_labels, (3,))}
     if kind == "UrformForTokenClassification":
         return {**inputs, "labels": torch.randint(0, config.num_labels, ids.shape).masked_fill(mask == 0, -100)}
