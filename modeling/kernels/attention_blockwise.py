@@ -252,9 +252,8 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     for bucket in plan.buckets:
         q_all = bucket.q.take(q, call.groups, dtype)
         k_all, v_all = bucket.k.take(k, call.groups, dtype), bucket.k.take(v, call.groups, dtype)
-        shape = (len(q_all), repeats, bucket.q.length)
-        out_all = work("out", *shape, v.shape[-1])
-        lse_all = None if lse is None else work("lse", *shape, 1)
+        out_all = bucket.q.window(out, slots)
+        lse_all = None if lse is None else bucket.q.window(lse, lse_slots)
         if call.leaves_gaps(bucket):
             out_all.zero_()
             if lse_all is not None:
@@ -263,12 +262,9 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
             rows = (first, last)
             total, lse_rows = _attend_rows(call, _rows_of(q_all, repeats, rows), k_all, v_all, bucket, rows, blocks,
                                            lse is not None, dropout, work)  # fmt: skip
-            out_all[:, :, first:last] = total.view(len(q_all), repeats, last - first, -1)
+            out_all[:, :, first:last] = total.view(-1, call.heads, last - first, v.shape[-1])
             if lse_all is not None and lse_rows is not None:
-                lse_all[:, :, first:last] = lse_rows.view(len(q_all), repeats, last - first, 1)
-        bucket.q.put(out, slots, out_all)
-        if lse is not None and lse_all is not None:
-            bucket.q.put(lse, lse_slots, lse_all)
+                lse_all[:, :, first:last] = lse_rows.view(-1, call.heads, last - first, 1)
     return plan.q.finish(out, slots, q), None if lse is None else plan.q.finish(lse, lse_slots, q)
 
 
@@ -348,7 +344,7 @@ def backward(
             by_row.masked_fill_(bucket.q.padding[:, None, :, None], 0)
         blocks_of_rows = list(call.blocks(bucket))
         once = len(blocks_of_rows) == 1 and blocks_of_rows[0][2] == [(0, bucket.k.length)]
-        dq = work("dq", len(k_all), repeats, bucket.q.length, q.shape[-1])
+        dq = bucket.q.window(*made[0])
         dk, dv = work("dk", *k_all.shape), work("dv", *v_all.shape)
         if not once:
             dk.zero_()
@@ -378,9 +374,10 @@ def backward(
                     dq_rows = torch.baddbmm(k_all.new_empty(()), d_scores, k_all[:, part], beta=0, alpha=call.scale)
                 else:
                     dq_rows.baddbmm_(d_scores, k_all[:, part], alpha=call.scale)
-            dq[:, :, first:last] = dq_rows.view(len(k_all), repeats, last - first, -1)
-        for side, (grad, slots), block in ((bucket.q, made[0], dq), (bucket.k, made[1], dk), (bucket.k, made[2], dv)):
-            side.put(grad, slots, block)
+            dq[:, :, first:last] = dq_rows.view(-1, call.heads, last - first, q.shape[-1])
+        for gradient, block in ((made[1], dk), (made[2], dv)):
+            places = bucket.k.window(*gradient)
+            places.copy_(block.view(places.shape))
     dq, dk, dv = (side.finish(*parts, x) for (side, x), parts in zip(sides, made, strict=True))
     return dq, dk, dv, d_diagonals, d_dense
 

@@ -53,16 +53,13 @@ class Side:
             block = tokens.unflatten(0, (self.count, self.length)).transpose(1, 2)
         return block.to(dtype).reshape(self.count * groups, -1, x.shape[-1])
 
-    def put(self, out: Tensor, slots: Tensor | None, block: Tensor) -> None:
-        """Write `[n * groups, heads / groups * length, D]` to its tokens in `out`, or to its slots."""
-        width = block.shape[-1]
+    def window(self, out: Tensor, slots: Tensor | None) -> Tensor:
+        """Give the places of this side in `out`, or its slots, as `[n, heads, length, D]` to write to."""
         if self.rows is not None and slots is not None:
-            slots[self.at : self.at + self.rows.shape[0]] = block.reshape(-1, width)
-            return
-        tokens = out.view(-1, self.heads, width).narrow(0, self.start, self.count * self.length)
-        tokens.unflatten(0, (self.count, self.length)).transpose(1, 2).copy_(
-            block.reshape(self.count, self.heads, self.length, width)
-        )
+            mine = slots[self.at : self.at + self.rows.shape[0]]
+            return mine.view(self.count, self.heads, self.length, -1)
+        tokens = out.view(-1, self.heads, out.shape[-1]).narrow(0, self.start, self.count * self.length)
+        return tokens.unflatten(0, (self.count, self.length)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
