@@ -1,189 +1,330 @@
 """Publish a checkpoint on the Hub so that it loads for everybody, with Urform installed or without.
 
-    python hub_upload.py CHECKPOINT --repo-id NAMESPACE/NAME [--private] [--revision R] [--bundle-only DIR] [--dry-run]
+    python hub_upload.py CHECKPOINT --repo-id NAMESPACE/NAME [--private] [--revision R] [--create-pr]
+                         [--bundle-only DIR] [--no-code] [--dry-run] [--card-data FILE]
 
-What it does today, each step a function, and nothing is uploaded unless all the steps before have passed:
+`urform push` is the same command and `publish` the same thing as a function. Its steps; whatever fails stops it before
+the first byte goes out:
 
-1. `check_checkpoint`: the config, all weight shards as safetensors, no pickled weights.
-2. `write_bundle`: weights, config, tokenizer, the package's code laid flat, `auto_map` with every head that the
-   architecture has, and a small model card where the checkpoint has none.
-3. `verify_bundle`: two clean offline processes load the bundle, one without Urform and Triton and with
-   `trust_remote_code=True`, one with the installed plugin; their outputs must be equal bit by bit.
-4. `upload_bundle`: one commit.
+1. `check_checkpoint` (publishing/checkpoint_checks.py): complete shards, finite weights, consistent ties, a tokenizer
+   that fits the vocabulary, no pickles, no secrets.
+2. `write_bundle`: weights, config, tokenizer; the package's code laid flat, `auto_map` with every head that the
+   architecture has, `requirements.txt` (configuration/bundle_urform.py); the model card (publishing/model_card.py); the
+   stamp, with the sha256 of every file (configuration/bundle_stamp.py).
+3. `verify_bundle` (publishing/verification.py): clean offline processes load and run it, without Urform and with it;
+   outputs must be equal bit by bit, and the snippets of the card must run.
+4. `upload_bundle`: one commit onto the state that was looked at, or nothing. Interrupted, it is run again: large files
+   that have arrived are not sent twice, and a revision is whole or as it was.
 
-The token is left to huggingface_hub (HF_TOKEN or `hf auth login`); it is never read, printed or written here.
+The token is left to huggingface_hub (HF_TOKEN or `hf auth login`); it is never printed or written here.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from urform.configuration.bundle_urform import HEADS, auto_map, flatten_package
+from urform.configuration.bundle_stamp import (
+    CONFIG_KEY,
+    STAMP_NAME,
+    bundle_files,
+    config_stamp,
+    read_stamp,
+    write_stamp,
+)
+from urform.configuration.bundle_urform import auto_map, package_version, write_code
+from urform.publishing.card_pictures import ALIGNMENT_NAME, CURVE_NAME
+from urform.publishing.checkpoint_checks import check_checkpoint, read_json, refuse_secrets
+from urform.publishing.model_card import is_placeholder, make_card, read_card_data, update_card
+from urform.publishing.training_record import read_record
+from urform.publishing.verification import verify_bundle
 
-_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
-# What Trainer leaves beside a model: not part of the model, and pickled for the most part.
-_TRAINER_STATE = ("training_args.bin", "optimizer.", "scheduler.pt", "scaler.pt", "rng_state", "trainer_state.json")
-_PUBLISHED = {".safetensors", ".json", ".txt", ".model", ".jinja", ".md"}
+__all__ = ["check_checkpoint", "main", "publish", "upload_bundle", "verify_bundle", "write_bundle"]
 
-_LOAD = """
-import os, sys, torch
-path, auto, installed, out = sys.argv[1:]
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("urform", "triton"):
-            raise ModuleNotFoundError("No module named " + repr(name), name=name)
-if installed == "yes":
-    import urform
-else:
-    sys.meta_path.insert(0, Absent())
-import transformers
-model = getattr(transformers, auto).from_pretrained(path, trust_remote_code=installed == "no").eval()
-if (type(model).__module__.startswith("urform.")) != (installed == "yes"):
-    raise SystemExit(f"{type(model)} was loaded, with urform installed: {installed}")
-shape = (1, 2, 6) if "MultipleChoice" in auto else (2, 6)
-ids = torch.arange(12).reshape(shape) % model.config.vocab_size
-inputs = {"input_ids": ids}
-if model.config.is_encoder_decoder and auto != "AutoModelForTextEncoding":
-    inputs["decoder_input_ids"] = ids
-with torch.no_grad():
-    torch.save(model(**inputs)[0], out)
-if os.path.exists(path + "/tokenizer_config.json"):
-    transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=installed == "no")("1 2 3")
-"""
-
-_CARD = """---
-library_name: transformers
-pipeline_tag: {task}
-tags:
-- urform
----
-
-# {name}
-
-A {architecture} Transformer made with Urform.
-
-```python
-from transformers import {auto}, AutoTokenizer
-
-model = {auto}.from_pretrained("{repo_id}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
-```
-
-With `pip install urform` and `import urform`, `trust_remote_code` is not needed.
-"""
-_TASKS = {
-    "AutoModelForSeq2SeqLM": "text-generation",
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForMaskedLM": "fill-mask",
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForTokenClassification": "token-classification",
-    "AutoModelForQuestionAnswering": "question-answering",
-    "AutoModelForMultipleChoice": "multiple-choice",
-}
+Say = Callable[[str], None]
+_GENERATED = {"requirements.txt", "config.json", "tokenizer_config.json"}
+_WEIGHTS = re.compile(r"model[\w.-]*\.safetensors(\.index[\w.]*\.json)?")
 
 
-def check_checkpoint(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the checkpoint's config as a dict; ValueError when something is missing or must not be published."""
-    folder = Path(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json; give the folder that save_pretrained or Trainer wrote.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "urform":
-        raise ValueError(f"{folder}/config.json has model_type={config.get('model_type')!r}; only 'urform' is served.")
-    index = folder / "model.safetensors.index.json"
-    shards = {"model.safetensors"}
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    missing = sorted(name for name in shards if not (folder / name).is_file())
-    if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}; save the model again with save_pretrained.")
-    pickles = [
-        p.name for p in sorted(folder.iterdir()) if p.suffix in _PICKLES and not p.name.startswith(_TRAINER_STATE)
-    ]
-    if pickles:
-        raise ValueError(
-            f"{folder} holds pickled files, which may run code when loaded: {', '.join(pickles)}. Remove them."
-        )
-    return config
+def write_bundle(
+    checkpoint: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    repo_id: str = "",
+    *,
+    code: bool = True,
+    card_data: dict[str, Any] | None = None,
+) -> Path:
+    """Check `checkpoint` and write everything that is published of it into `directory`, which must be empty or new.
 
+    Args:
+        checkpoint: the folder that `save_pretrained` or Trainer wrote; what Trainer logged is read from it, too.
+        directory: where to write.
+        repo_id: the name under which it will be published; the card's snippets load it by that name.
+        code: whether to add the code that lets it load without Urform.
+        card_data: fields of the model card, see `urform.publishing.model_card.make_card`.
 
-def write_bundle(checkpoint: str | os.PathLike[str], directory: str | os.PathLike[str], repo_id: str = "") -> Path:
-    """Write everything that is published of `checkpoint` into `directory`, which must be empty or new."""
-    config = check_checkpoint(checkpoint)
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    if any(target.iterdir()):
+    Raises:
+        ValueError: see `check_checkpoint`; or `directory` is not empty; or the package breaks the bundle's rules.
+    """
+    source, target = Path(checkpoint), Path(directory)
+    if target.is_dir() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; a bundle is written into a new or an empty folder.")
-    for path in sorted(Path(checkpoint).iterdir()):
-        if path.is_file() and path.suffix in _PUBLISHED and not path.name.startswith((*_TRAINER_STATE, ".")):
-            shutil.copyfile(path, target / path.name)
-    flatten_package(target)
-    config["auto_map"] = auto_map(config.get("architecture", "encoder-decoder"))
-    _write_json(target / "config.json", config)
-    tokenizer = target / "tokenizer_config.json"
-    if tokenizer.is_file():
-        fields = json.loads(tokenizer.read_text(encoding="utf-8"))
+    config = check_checkpoint(source)
+    repo_id = repo_id or _local_name(source)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in bundle_files(source):
+        if not name.endswith(".py") and name not in _GENERATED:
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+    if code:
+        write_code(target)
+    config.pop("auto_map", None)
+    if code:
+        config["auto_map"] = auto_map(config.get("architecture", "encoder-decoder"))
+    _write_json(target / "config.json", {**config, CONFIG_KEY: config_stamp(package_version())})
+    if (source / "tokenizer_config.json").is_file():
+        fields = read_json(source / "tokenizer_config.json")
         if fields.get("tokenizer_class") == "UrformTokenizer":
-            fields["auto_map"] = {"AutoTokenizer": ["tokenization_urform.UrformTokenizer", None]}
-            _write_json(tokenizer, fields)
-    if not (target / "README.md").exists():
-        auto = _auto_class(config)
-        name = repo_id or Path(checkpoint).resolve().name
-        card = _CARD.format(
-            auto=auto, task=_TASKS.get(auto, "feature-extraction"), name=name.rpartition("/")[2], repo_id=name,
-            architecture=config.get("architecture", "encoder-decoder"),
-        )  # fmt: skip
-        (target / "README.md").write_text(card, encoding="utf-8")
+            fields.pop("auto_map", None)
+            if code:
+                fields["auto_map"] = {"AutoTokenizer": ["tokenization_urform.UrformTokenizer", None]}
+        _write_json(target / "tokenizer_config.json", fields)
+    record = read_record(source)
+    readme = source / "README.md"
+    if readme.is_file() and not is_placeholder(readme):
+        shutil.copyfile(readme, target / "README.md")
+        card = update_card(target, repo_id, record, card_data)
+    else:
+        card = make_card(target, repo_id, record, card_data, code=code, verified=True)
+    card.save(target / "README.md")
+    refuse_secrets(target, ["README.md"])
+    write_stamp(target, package_version())
     return target
 
 
-def verify_bundle(directory: str | os.PathLike[str]) -> None:
-    """Load the bundle in two clean processes, with and without Urform; ValueError unless the outputs are equal."""
-    config = check_checkpoint(directory)
-    with tempfile.TemporaryDirectory() as scratch:
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
-        outputs = []
-        for installed in ("no", "yes"):
-            out = f"{scratch}/{installed}.pt"
-            command = [sys.executable, "-c", _LOAD, str(Path(directory).resolve()), _auto_class(config), installed, out]
-            run = subprocess.run(
-                command, cwd=scratch, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
-            )
-            if run.returncode:
-                raise ValueError(f"The bundle does not load (urform installed: {installed}):\n{run.stderr.strip()}")
-            outputs.append(out)
-        import torch
-
-        without, with_plugin = (torch.load(out) for out in outputs)
-        if not torch.equal(without, with_plugin):
-            raise ValueError("The bundle's own code and the installed urform give different outputs for one input.")
-
-
 def upload_bundle(
-    directory: str | os.PathLike[str], repo_id: str, *, private: bool | None = None, revision: str | None = None
+    directory: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    say: Say = lambda line: None,
 ) -> str:
-    """Upload the bundle as one commit; return its address."""
-    from huggingface_hub import HfApi
+    """Upload the bundle as one commit; return the commit's address (of the pull request with `create_pr`).
 
-    api = HfApi()
+    Files of an earlier bundle that this one has not (other shards, modules that are gone) are deleted in the same
+    commit. The commit names the state of the repository that was looked at as its parent: if somebody else has pushed
+    meanwhile, nothing happens.
+
+    Raises:
+        ValueError: no token; the repository is public where `private` is asked; somebody else pushed meanwhile.
+        OSError, RuntimeError: what huggingface_hub raises when the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    if get_token() is None:
+        raise ValueError("there is no Hugging Face token: run `hf auth login`, or set HF_TOKEN.")
+    folder, api = Path(directory), HfApi(library_name="urform", library_version=package_version())
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
+    if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    message = "Upload with Urform"
-    return str(
-        api.upload_folder(repo_id=repo_id, folder_path=Path(directory), revision=revision, commit_message=message)
+    state = api.model_info(repo_id, revision=revision)
+    if private and not state.private:
+        raise ValueError(f"{repo_id} exists and is public; make it private in its settings, or choose another name.")
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    present = {sibling.rfilename for sibling in state.siblings or []}
+    stale = sorted(_belonged(api, repo_id, state.sha or "", present) - {*names})
+    if stale:
+        say(f"deleting what belonged to the bundle before: {', '.join(stale)}")
+    operations = [
+        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names),
+        *(CommitOperationDelete(path_in_repo=name) for name in stale),
+    ]
+    try:
+        made = _commit(api, repo_id, operations, folder, state.sha or "", revision, create_pr, say)
+    except Exception as error:
+        if not _is_of_the_network(error):
+            raise
+        raise ConnectionError(
+            f"the upload to {repo_id} was interrupted ({type(error).__name__}: {error}); the repository is as it was. "
+            "Run the same command again: large files that have arrived are not sent twice."
+        ) from error
+    return str((made.pr_url if create_pr else None) or made.commit_url)
+
+
+def _belonged(api: Any, repo_id: str, sha: str, present: set[str]) -> set[str]:
+    """Return the files of a repository that an earlier bundle put there."""
+    old = {name for name in present if _WEIGHTS.fullmatch(name) or name in (CURVE_NAME, ALIGNMENT_NAME)}
+    if STAMP_NAME in present:
+        path = api.hf_hub_download(repo_id, STAMP_NAME, revision=sha)
+        old |= present & {*(read_stamp(os.path.dirname(path)) or {"files": {}})["files"]}
+    return old
+
+
+def _commit(
+    api: Any,
+    repo_id: str,
+    operations: list[Any],
+    folder: Path,
+    parent: str,
+    revision: str | None,
+    create_pr: bool,
+    say: Say,
+    tries: int = 4,
+) -> Any:
+    """Commit; try again after errors of the network and the server, but never twice onto the same state."""
+    message, attempt = f"Upload with urform {package_version()}", 0
+    while True:
+        attempt += 1
+        try:
+            return api.create_commit(
+                repo_id,
+                operations,
+                commit_message=message,
+                revision=revision,
+                parent_commit=parent,
+                create_pr=create_pr,
+            )
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status == 412:
+                raise ValueError(
+                    f"{repo_id} has been changed by somebody else meanwhile; nothing was published. Publish again."
+                ) from error
+            passing = status == 429 or (status or 0) >= 500 or _is_of_the_network(error)
+            if not passing or create_pr or attempt == tries:  # a pull request might be opened twice
+                raise
+            now = api.model_info(repo_id, revision=revision).sha
+            if now != parent:
+                if _is_published(api, repo_id, now, folder):  # only the answer was lost
+                    return _Published(f"{api.endpoint}/{repo_id}/commit/{now}")
+                raise
+            say(f"the Hub did not take the commit ({type(error).__name__}); trying again")
+            time.sleep(2**attempt)
+
+
+class _Published:
+    """A commit whose answer was lost."""
+
+    pr_url = None
+
+    def __init__(self, commit_url: str) -> None:
+        self.commit_url = commit_url
+
+
+def _is_of_the_network(error: BaseException | None) -> bool:
+    """Whether a connection failed: huggingface_hub lets httpx's errors through (httpx2's, as of version 2.4)."""
+    while error is not None:
+        if isinstance(error, ConnectionError | TimeoutError):
+            return True
+        if any(base.__name__ == "TransportError" and base.__module__[:5] == "httpx" for base in type(error).__mro__):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _is_published(api: Any, repo_id: str, sha: str, folder: Path) -> bool:
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        path = api.hf_hub_download(repo_id, STAMP_NAME, revision=sha)
+    except RemoteEntryNotFoundError:
+        return False
+    return read_stamp(os.path.dirname(path)) == read_stamp(folder)
+
+
+def publish(
+    checkpoint: str | os.PathLike[str],
+    repo_id: str | None = None,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    bundle_only: str | os.PathLike[str] | None = None,
+    code: bool = True,
+    dry_run: bool = False,
+    card_data: str | os.PathLike[str] | dict[str, Any] | None = None,
+    say: Say = lambda line: None,
+) -> str | None:
+    """Check, bundle, verify and upload a checkpoint; return the commit's address.
+
+    Args:
+        checkpoint: the folder that `save_pretrained` or Trainer wrote.
+        repo_id: NAMESPACE/NAME; only `bundle_only` and `dry_run` go without.
+        private: make a new repository private; refuse one that exists and is public.
+        revision: the branch, made if needed.
+        create_pr: open a pull request instead of committing to the branch.
+        bundle_only: write the bundle into this folder, verify it, and upload nothing; None is returned.
+        code: whether the repository holds the code that lets it load without Urform.
+        dry_run: do everything except the upload; None is returned.
+        card_data: fields of the model card, or a YAML file with them.
+        say: called with a line for each step.
+
+    Raises:
+        ValueError, OSError, RuntimeError: see `write_bundle`, `verify_bundle` and `upload_bundle`.
+    """
+    from huggingface_hub.utils import validate_repo_id
+
+    uploads = not (bundle_only or dry_run)
+    if repo_id is not None or uploads:
+        if not repo_id or repo_id.count("/") != 1:
+            raise ValueError(
+                f"repo_id={repo_id!r} must be NAMESPACE/NAME; the model card names the repository in full."
+            )
+        validate_repo_id(repo_id)
+    if card_data is not None and not isinstance(card_data, dict):
+        card_data = read_card_data(card_data)
+    if uploads:
+        from huggingface_hub import get_token
+
+        if get_token() is None:  # before the minutes that the other steps may take
+            raise ValueError("there is no Hugging Face token: run `hf auth login`, or set HF_TOKEN.")
+    with tempfile.TemporaryDirectory() as scratch:
+        say("[1/3] checking the checkpoint and writing the bundle")
+        bundle = write_bundle(
+            checkpoint, bundle_only or f"{scratch}/bundle", repo_id or "", code=code, card_data=card_data
+        )
+        files = [p for p in bundle.rglob("*") if p.is_file()]
+        say(f"      {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB")
+        if left := _left_out(Path(checkpoint), bundle):
+            say(f"      not published: {', '.join(left)}")
+        say("[2/3] verifying it in clean processes")
+        name = repo_id or _local_name(Path(checkpoint))
+        verify_bundle(bundle, name, say=lambda line: say(f"      verified: {line}"))
+        if not uploads or repo_id is None:
+            say("[3/3] nothing is uploaded" + (f": the bundle is in {bundle_only}" if bundle_only else ""))
+            return None
+        say(f"[3/3] uploading to {repo_id}")
+        done = upload_bundle(
+            bundle,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            say=lambda line: say(f"      {line}"),
+        )
+    say(f"      published: {done}")
+    return done
+
+
+def _local_name(checkpoint: Path) -> str:
+    return "local/" + (re.sub(r"[^\w.-]+|\.\.+|--+", "-", checkpoint.resolve().name).strip("-.") or "checkpoint")
+
+
+def _left_out(checkpoint: Path, bundle: Path) -> list[str]:
+    return sorted(
+        p.name
+        for p in checkpoint.iterdir()
+        if p.is_file() and not (bundle / p.name).exists() and p.suffix != ".py" and p.name != STAMP_NAME
     )
-
-
-def _auto_class(config: dict[str, Any]) -> str:
-    saved = (config.get("architectures") or ["UrformModel"])[0]
-    return next((auto for auto, (name, _) in HEADS.items() if name == saved), "AutoModel")
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
@@ -197,21 +338,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repo-id", help="NAMESPACE/NAME of the repository")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--revision", help="branch to upload to")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--bundle-only", metavar="DIR", help="write and verify the bundle in DIR; upload nothing")
+    parser.add_argument("--no-code", action="store_true", help="publish without code: it loads with urform installed")
     parser.add_argument("--dry-run", action="store_true", help="do everything except the upload")
+    parser.add_argument("--card-data", metavar="FILE", help="YAML with fields of the model card, see docs/hub.md")
     args = parser.parse_args(arguments)
     if not (args.repo_id or args.bundle_only or args.dry_run):
         parser.error("--repo-id is needed to upload (or give --bundle-only DIR or --dry-run)")
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            bundle = write_bundle(args.checkpoint, args.bundle_only or f"{scratch}/bundle", args.repo_id or "")
-            print(f"bundle: {len(list(bundle.iterdir()))} files")
-            verify_bundle(bundle)
-            print("verified: loads without urform, outputs equal")
-            if args.bundle_only or args.dry_run:
-                return 0
-            print("uploaded:", upload_bundle(bundle, args.repo_id, private=args.private, revision=args.revision))
-    except (ValueError, OSError) as error:  # huggingface_hub's HTTP errors are OSErrors
+        publish(
+            args.checkpoint, args.repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr,
+            bundle_only=args.bundle_only, code=not args.no_code, dry_run=args.dry_run, card_data=args.card_data,
+            say=lambda line: print(line, flush=True),
+        )  # fmt: skip
+    except (ValueError, OSError, RuntimeError) as error:  # huggingface_hub's HTTP errors are OSErrors
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

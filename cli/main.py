@@ -241,7 +241,62 @@ def predict(
         sys.stdout.flush()
 
 
-doctor = typer.Typer(help="Self-tests: this machine's kernels, a model's masks.", no_args_is_help=True)
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder written by save_pretrained or Trainer.")],
+    repo_id: Annotated[str | None, typer.Option("--repo-id", help="NAMESPACE/NAME of the repository.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch to upload to.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    bundle_only: Annotated[
+        Path | None, typer.Option("--bundle-only", help="Write and verify the bundle there; upload nothing.")
+    ] = None,
+    no_code: Annotated[bool, typer.Option("--no-code", help="Without the code for machines without urform.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything except the upload.")] = False,
+    card_data: Annotated[Path | None, typer.Option("--card-data", help="YAML for the model card: docs/hub.md.")] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Publish a checkpoint on the Hub: check it, add code and a model card, verify it in clean processes, upload it."""
+    with _clean_errors(debug):
+        _set_up_logging(quiet)
+        from ..hub_upload import publish
+
+        address = publish(
+            checkpoint,
+            repo_id,
+            private=private or None,
+            revision=revision,
+            create_pr=create_pr,
+            bundle_only=bundle_only,
+            code=not no_code,
+            dry_run=dry_run,
+            card_data=card_data,
+            say=lambda line: None if quiet else typer.echo(line, err=True),
+        )
+        if address:
+            typer.echo(address)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint (safetensors).")],
+    target: Annotated[Path, typer.Argument(help="Folder to make.")],
+    family: Annotated[
+        str | None, typer.Option("--to", help="For a checkpoint of Urform: the family, e.g. llama; default its own.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Convert a checkpoint of another family to Urform, or one of Urform to a family; tensor by tensor."""
+    with _clean_errors(debug):
+        _set_up_logging(quiet=True)
+        from ..conversion.checkpoints import convert_checkpoint
+
+        typer.echo(convert_checkpoint(source, target, family, **({"revision": revision} if revision else {})))
+
+
+doctor = typer.Typer(help="Self-tests: this machine's kernels, a model's masks, a bundle.", no_args_is_help=True)
 app.add_typer(doctor, name="doctor")
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 
@@ -290,6 +345,24 @@ def isolation(
             device=device,
             trust_remote_code=trust_remote_code,
         )
+        typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.to_text())
+        if not report.ok:
+            raise typer.Exit(1)
+
+
+@doctor.command()
+def bundle(
+    path_or_id: Annotated[str, typer.Argument(help="Folder or Hub id of a published checkpoint.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare every file of a published checkpoint with its stamp; exit code 1 if one was changed. Runs none of it."""
+    with _clean_errors(debug):
+        _set_up_logging(quiet=True)
+        from ..diagnostics.bundle import check_bundle
+
+        report = check_bundle(path_or_id, revision)
         typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.to_text())
         if not report.ok:
             raise typer.Exit(1)

@@ -255,6 +255,18 @@ class BundledCodeMixin:
             write_stamp(save_directory, package_version())
         return saved
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does; a model's weights from safetensors only, for pickles may run code."""
+        if hasattr(cls, "base_model_prefix"):
+            if kwargs.get("use_safetensors") is False:
+                raise ValueError(
+                    "use_safetensors=False would read pickled weights, which Urform does not; convert them with "
+                    "safetensors.torch.save_file and leave the argument out"
+                )
+            kwargs["use_safetensors"] = True
+        return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Push as transformers does, with everything that lets the repository load where Urform is not installed."""
         token = _publishing.set(True)

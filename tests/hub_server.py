@@ -1,11 +1,12 @@
 """A Hub on loopback for the tests: what huggingface_hub's client asks for, with the real Hub's checks and answers.
 
-Everything lives in memory. Honest about: tokens (unknown, read-only, foreign), private repositories, hashes and sizes of
-every LFS object, LFS pointers to what was never uploaded, parent commits (412), paths that leave the repository, names
-that exist already (409), deletions of what is not there, the metadata of model cards, and an Authorization header that
-reaches the file server, which is another host (`localhost`) as the Hub's is. Uploads above `MULTIPART` bytes go in parts.
+Everything lives in memory. Honest about: tokens (unknown, read-only, foreign), private repositories, hashes and sizes
+of every LFS object, LFS pointers to what was never uploaded, parent commits (412), paths that leave the repository,
+names that exist already (409), deletions of what is not there, the metadata of model cards, and an Authorization header
+that reaches the file server, which is another host (`localhost`) as the Hub's is. Large uploads go in parts.
 
-Tests read `requests`, and make trouble with `fail` (an answer with a status) and `cut` (a connection that breaks).
+Tests read `requests`, and make trouble with `fail` (an answer with a status), `cut` (a connection that breaks) and
+`lose_answer` (it breaks when all is done).
 """
 
 import base64
@@ -125,6 +126,10 @@ class Hub(ThreadingHTTPServer):
             {"method": method, "path": path, "cut": read, "times": times, "after": after, "headers": {}}
         )
 
+    def lose_answer(self, method: str, path: str, *, times: int = 1) -> None:
+        """Do what a matching request asks, and break the connection instead of answering."""
+        self.trouble.append({"method": method, "path": path, "lose": True, "times": times, "after": 0, "headers": {}})
+
     def read(self, repo: str, path: str, revision: str = "main") -> bytes:
         """Return a published file."""
         found = self.repos[repo].find(revision)
@@ -176,7 +181,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         self.query = {key: values[0] for key, values in parse_qs(url.query, keep_blank_values=True).items()}
-        status, self.at_file_server = 0, (self.headers.get("Host") or "").startswith("localhost")
+        status, self.loses = 0, False
+        self.at_file_server = (self.headers.get("Host") or "").startswith("localhost")
         try:
             self._make_trouble(url.path)
             length = int(self.headers.get("Content-Length") or 0)
@@ -207,6 +213,8 @@ class Handler(BaseHTTPRequestHandler):
                 function(self, **groups)
         except Refused as refused:
             return self._answer_refused(refused)
+        except ConnectionError:
+            raise
         except Exception as error:
             self.server.errors.append(error)  # a request that this server does not understand fails the test
             return self._answer_refused(Refused(500, f"{type(error).__name__}: {error}"))
@@ -223,8 +231,11 @@ class Handler(BaseHTTPRequestHandler):
                     break
             else:
                 return
+        if "lose" in rule:
+            self.loses = True
+            return
         if "cut" in rule:
-            self.rfile.read(rule["cut"])
+            self.rfile.read(min(rule["cut"], int(self.headers.get("Content-Length") or 0)))
             self.connection.close()
             raise ConnectionError("cut")
         raise Refused(rule["status"], f"trouble on demand: {rule['status']}", **rule["headers"])
@@ -234,6 +245,9 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, content: bytes, status: int = 200, **headers: str) -> None:
         """Send a whole answer."""
         self.status = status
+        if self.loses:
+            self.connection.close()
+            raise ConnectionError("lost")
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
