@@ -80,6 +80,67 @@ _GEMMA: dict[str, Any] = {
     "bos_token_id": 2,
 }
 
+_PAIR: dict[str, Any] = {
+    "architecture": "encoder-decoder",
+    "classifier_pooling": "last",
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+}
+
+_LARGE: dict[str, Any] = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+
+_BART: dict[str, Any] = {
+    **_PAIR,
+    "position_encoding": "learned",
+    "position_offset": 2,
+    "position_counting": "columns",
+    "embedding_norm": True,
+    "classifier_dropout": 0.0,
+}
+
+_M2M_100: dict[str, Any] = {
+    **_PAIR,
+    **_LARGE,
+    "source_family": "m2m_100",
+    "hidden_act": "relu",
+    "final_norm": True,
+    "position_encoding": "sinusoidal",
+    "sinusoidal_layout": "tensor2tensor",
+    "position_offset": 2,
+    "position_counting": "tokens",
+    "scale_embedding": True,
+    "attention_dropout": 0.1,
+}
+
+_T5: dict[str, Any] = {
+    **_PAIR,
+    "source_family": "t5",
+    "vocab_size": 32128,
+    "head_dim": 64,
+    "norm_type": "rmsnorm",
+    "norm_eps": 1e-6,
+    "position_encoding": "t5",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_scale": 1.0,
+    "freeze_pad_embedding": False,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.1,
+    "classifier_dropout": 0.0,
+    "initializer": "t5",
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+
+_T5_1_1: dict[str, Any] = {**_T5, "hidden_act": "gelu_new", "gated_mlp": True, "tie_word_embeddings": False}
+
 _TINY: dict[str, Any] = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -437,25 +498,102 @@ PRESETS: dict[str, Preset] = {
             "eos_token_id": 2,
         },
     ),
-    "t5-small": Preset(
-        "Raffel et al. 2020, T5 v1.0 small (arXiv:1910.10683)",
+    "bart-base": Preset(
+        "Lewis et al. 2020, BART base (arXiv:1910.13461)",
         {
-            "architecture": "encoder-decoder",
-            "vocab_size": 32128,
-            "hidden_act": "relu",
-            "norm_type": "rmsnorm",
-            "norm_eps": 1e-6,
-            "position_encoding": "t5",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "attention_scale": 1.0,
-            "logit_scale": 512**-0.5,
+            **_BART,
+            "source_family": "bart",
+            "vocab_size": 50265,
+            "hidden_size": 768,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "norm_position": "post",
+            "final_norm": False,
             "attention_dropout": 0.1,
             "activation_dropout": 0.1,
-            "initializer": "t5",
-            "bos_token_id": None,
-            "eos_token_id": 1,
-            "decoder_start_token_id": 0,
+        },
+    ),
+    "bart-large": Preset(
+        "Lewis et al. 2020, BART large (arXiv:1910.13461)",
+        {
+            **_BART,
+            **_LARGE,
+            "source_family": "bart",
+            "vocab_size": 50265,
+            "norm_position": "post",
+            "final_norm": False,
+            "attention_dropout": 0.1,
+            "activation_dropout": 0.1,
+        },
+    ),
+    "mbart-large-50": Preset(
+        "Tang et al. 2020, mBART-50 (arXiv:2008.00401)",
+        {
+            **_BART,
+            **_LARGE,
+            "source_family": "mbart",
+            "vocab_size": 250054,
+            "final_norm": True,
+            "scale_embedding": True,
+            "decoder_start_from_labels": True,
+        },
+    ),
+    "m2m100-418m": Preset(
+        "Fan et al. 2020, M2M-100 with 418M parameters (arXiv:2010.11125)",
+        {**_M2M_100, "vocab_size": 128112},
+    ),
+    "nllb-200-distilled-600m": Preset(
+        "NLLB Team 2022, NLLB-200 distilled 600M (arXiv:2207.04672), an M2M-100", {**_M2M_100, "vocab_size": 256206}
+    ),
+    "opus-mt-en-de": Preset(
+        "Tiedemann & Thottingal 2020, OPUS-MT; Junczys-Dowmunt et al. 2018, Marian (arXiv:1804.00344)",
+        {
+            **_PAIR,
+            "source_family": "marian",
+            "vocab_size": 58101,
+            "hidden_act": "swish",
+            "norm_position": "post",
+            "final_norm": False,
+            "position_encoding": "sinusoidal",
+            "sinusoidal_layout": "halves",
+            "position_counting": "columns",
+            "max_position_embeddings": 512,
+            "scale_embedding": True,
+            "lm_head_bias": True,
+            "pad_token_id": 58100,
+            "eos_token_id": 0,
+            "decoder_start_token_id": 58100,
+        },
+    ),
+    "t5-small": Preset(
+        "Raffel et al. 2020, T5 v1.0 small (arXiv:1910.10683)",
+        {**_T5, "hidden_act": "relu", "logit_scale": 512**-0.5},
+    ),
+    "t5-base": Preset(
+        "Raffel et al. 2020, T5 v1.0 base (arXiv:1910.10683)",
+        {
+            **_T5,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "hidden_act": "relu",
+            "logit_scale": 768**-0.5,
+        },
+    ),
+    "flan-t5-base": Preset(
+        "Chung et al. 2022, Flan-T5 base (arXiv:2210.11416), a T5 v1.1",
+        {**_T5_1_1, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    ),
+    "mt5-small": Preset(
+        "Xue et al. 2021, mT5 small (arXiv:2010.11934)",
+        {
+            **_T5_1_1,
+            "source_family": "mt5",
+            "vocab_size": 250112,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 6,
+            "intermediate_size": 1024,
         },
     ),
     "tiny-encoder": Preset("for tests", {**_TINY, "architecture": "encoder"}),

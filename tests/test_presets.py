@@ -10,6 +10,9 @@ import urform
 from urform import UrformConfig, list_presets
 from urform.conversion.convert import choose_family, urform_config
 
+_BART_BASE = {"layers": 6, "ffn_dim": 3072, "attention_heads": 12}
+_OPUS_MT = {"layers": 6, "ffn_dim": 2048, "attention_heads": 8}
+_T5_BASE = {"d_model": 768, "num_layers": 12, "num_heads": 12, "decoder_start_token_id": 0}
 _ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 
 # Stock class, and the published config's fields where they are not the class's defaults.
@@ -121,6 +124,49 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window_pattern": 6,
         },
     ),
+    "bart-base": (
+        "BartForConditionalGeneration",
+        {
+            **{f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in _BART_BASE.items()},
+            "d_model": 768,
+            "attention_dropout": 0.1,
+            "activation_dropout": 0.1,
+            "num_labels": 2,
+        },
+    ),
+    "bart-large": (
+        "BartForConditionalGeneration",
+        {"attention_dropout": 0.1, "activation_dropout": 0.1, "num_labels": 2},
+    ),
+    "mbart-large-50": (
+        "MBartForConditionalGeneration",
+        {"vocab_size": 250054, "scale_embedding": True, "decoder_start_token_id": 2},
+    ),
+    "m2m100-418m": ("M2M100ForConditionalGeneration", {}),
+    "nllb-200-distilled-600m": ("M2M100ForConditionalGeneration", {"vocab_size": 256206}),
+    "opus-mt-en-de": (
+        "MarianMTModel",
+        {
+            **{f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in _OPUS_MT.items()},
+            "d_model": 512,
+            "max_position_embeddings": 512,
+            "activation_function": "swish",
+            "scale_embedding": True,
+            "bos_token_id": 0,
+        },
+    ),
+    "t5-small": ("T5ForConditionalGeneration", {"decoder_start_token_id": 0}),
+    "t5-base": ("T5ForConditionalGeneration", {**_T5_BASE, "d_ff": 3072}),
+    "flan-t5-base": (
+        "T5ForConditionalGeneration",
+        {**_T5_BASE, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "mt5-small": ("MT5ForConditionalGeneration", {}),
+}
+# What the published weights say and the config does not: a `final_logits_bias` of zeros, an untied output projection.
+WEIGHTS = {
+    **{name: {"lm_head_bias": False} for name in ("bart-base", "bart-large", "mbart-large-50")},
+    **{name: {"tie_word_embeddings": False} for name in ("flan-t5-base", "mt5-small")},
 }
 PUBLISHED = {
     "bert-base": 109_514_298,
@@ -139,7 +185,16 @@ PUBLISHED = {
     "qwen3-0.6b": 596_049_920,
     "gemma2-2b": 2_614_341_888,
     "gemma3-1b": 999_885_952,
+    "bart-base": 139_420_416,
+    "bart-large": 406_291_456,
+    "mbart-large-50": 610_879_488,
+    "m2m100-418m": 483_905_536,
+    "nllb-200-distilled-600m": 615_073_792,
+    "opus-mt-en-de": 74_410_496 - 2 * 512 * 512 + 58_101,  # constant sinusoids are published, the trained bias is not
     "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "flan-t5-base": 247_577_856,
+    "mt5-small": 300_176_768,
     "vaswani-base": 63_082_496,
     "vaswani-big": 214_245_376,
 }
@@ -162,7 +217,7 @@ def fields_of(config: UrformConfig) -> dict[str, Any]:
 def test_presets_are_the_published_configs(name: str) -> None:
     """Every field is what conversion makes of the stock config, and the way back gives the stock config again."""
     stock, preset = published(name), UrformConfig.from_preset(name)
-    assert fields_of(preset) == fields_of(urform_config(stock))
+    assert fields_of(preset) == {**fields_of(urform_config(stock)), **WEIGHTS.get(name, {})}
     ours = f"UrformFor{_KINDS[preset.architecture]}"
     family, _, again = choose_family(preset, ours)
     assert family.model_type == preset.source_family == stock.model_type
@@ -181,7 +236,11 @@ def test_presets_have_the_published_number_of_parameters(name: str) -> None:
         counts = [sum(p.numel() for p in ours.parameters())]
         if name in STOCK:
             stock = getattr(hf, STOCK[name][0])(published(name))
-            counts.append(sum(p.numel() for p in stock.parameters()))
+            if not config.tie_word_embeddings:
+                stock.lm_head.weight = torch.nn.Parameter(torch.empty_like(stock.lm_head.weight))
+            trained = [p for p in stock.parameters() if p.requires_grad]
+            trained += [stock.final_logits_bias] if name == "opus-mt-en-de" else []
+            counts.append(sum(p.numel() for p in trained))
     assert set(counts) == {PUBLISHED[name]}
 
 
