@@ -66,6 +66,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"decoder_num_attention_heads": 7}, r"decoder_num_attention_heads=7"),
     ({"attn_logit_softcapping": 0.0}, r"attn_logit_softcapping=0.0 must be positive"),
     ({"position_offset": -1}, r"position_offset=-1"),
+    ({"position_counting": "columns"}, r"position_counting='columns' is for learned and sinusoidal"),
+    ({"position_encoding": "learned", "position_counting": "tokens"}, r"position_offset=0 must be positive"),
+    (
+        {"position_encoding": "sinusoidal", "position_counting": "tokens", "pad_token_id": None},
+        r"pad_token_id, which is None; set it",
+    ),
+    ({"norm_position": "post", "first_norm": False}, r"first_norm=False.*norm_position='post'"),
+    ({"classifier_activation": None, "classifier_norm": True}, r"classifier_norm.*classifier_activation is None"),
+    ({"lm_head_activation": "reluu"}, r"lm_head_activation='reluu' is unknown"),
 ]
 
 
