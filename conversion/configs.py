@@ -196,6 +196,8 @@ def urform_config(
             lost[name] = kept[name] = value
         elif name in family.ignored or name not in back or (back[name] is None and value is False):
             kept[name] = value
+        elif name in family.idle and family.idle[name](stock):
+            kept[name] = value
         else:
             obstacles[name] = repr(value)
     if obstacles:

@@ -211,6 +211,7 @@ OPT = Family(
         ),
     ),
     training_only=("layerdrop",),
+    idle={"_remove_final_layer_norm": lambda stock: not stock.do_layer_norm_before},
 )
 
 GPT_NEOX = Family(
@@ -274,6 +275,7 @@ BLOOM = Family(
     },
     axes=(_FOUR_TIMES,),
     ignored=("pretraining_tp",),
+    idle={"slow_but_exact": lambda stock: stock.pretraining_tp == 1},  # else it leaves biases out
 )
 
 

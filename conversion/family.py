@@ -192,6 +192,7 @@ class Family:
             are kept in `source_fields` for the way back.
         ignored: Its fields without effect on any number, or of several spellings that an axis reads (None for a
             default); kept likewise, without a warning.
+        idle: {its field: when it has no effect, given the config}; then kept likewise.
         held_by_weights: Our fields that its tensors can express though its config cannot (with `Rule.fill`).
     """
 
@@ -204,6 +205,7 @@ class Family:
     axes: tuple[Axis, ...] = ()
     training_only: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    idle: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     held_by_weights: tuple[str, ...] = ()
 
     def to_urform(self, stock: Any, head: Head) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from urform.conversion.families_decoder import DECODERS
 
 NAMES = [family.model_type for family in DECODERS]
 HEADS = [(family.model_type, head.stock) for family in DECODERS for head in family.heads]
-ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
 
 
 def draw_rope(rng: random.Random, width: int, per_layer_type: bool = False) -> dict[str, Any]:
@@ -49,8 +49,8 @@ def draw_window(rng: random.Random, layers: int) -> list[str]:
     return [rng.choice(["full_attention", "sliding_attention"]) for _ in range(layers)]
 
 
-def draw(name: str, seed: int) -> dict[str, Any]:
-    """Fields of a random config of a family, over all that it has."""
+def draw(name: str, seed: int, padless: bool = False) -> dict[str, Any]:
+    """Fields of a random config of a family, over all that it has; `padless`: perhaps without a pad token."""
     rng = random.Random(f"{name} {seed}")
     heads = rng.choice([1, 2, 3, 4, 6])
     layers = rng.choice([1, 2, 3])
@@ -63,8 +63,8 @@ def draw(name: str, seed: int) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "tie_word_embeddings": rng.random() < 0.5,
-        "pad_token_id": rng.choice([0, 1, 2]),
-        "bos_token_id": 1,
+        "pad_token_id": rng.choice([0, 1, 2, None] if padless else [0, 1, 2]),
+        "bos_token_id": rng.choice([None, 1]),
         "eos_token_id": rng.choice([2, [2, 1]]),
         "initializer_range": 0.05,
         "id2label": {i: f"L{i}" for i in range(rng.choice([1, 3]))},
@@ -96,12 +96,13 @@ def draw(name: str, seed: int) -> dict[str, Any]:
             "ffn_dim": inner,
             "max_position_embeddings": 32,
             "do_layer_norm_before": before,
-            "_remove_final_layer_norm": before and rng.random() < 0.3,
+            "_remove_final_layer_norm": rng.random() < 0.3,
             "enable_bias": bias,
             "activation_function": act,
         }
     if name == "bloom":
-        return {**fields, "layer_norm_epsilon": eps}
+        exact, parts = rng.choice([(False, 2), (True, 1), (False, 1)])
+        return {**fields, "layer_norm_epsilon": eps, "slow_but_exact": exact, "pretraining_tp": parts}
     if name == "gpt_neox":
         width = hidden // heads
         factor = rng.choice([0.25, 0.5, 1.0]) if width % 8 == 0 else rng.choice([0.5, 1.0]) if width % 4 == 0 else 1.0
@@ -149,20 +150,27 @@ def draw(name: str, seed: int) -> dict[str, Any]:
 def test_language_models(name: str) -> None:
     """Random configs of a family's language model: the same numbers, the same tokens, and back."""
     for seed in range(4):
-        check_parity(random_stock(FAMILIES[name].heads[1].stock, seed, **draw(name, seed)))
+        check_parity(random_stock(FAMILIES[name].heads[1].stock, seed, **draw(name, seed, padless=True)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4, 40))
 @pytest.mark.parametrize("name", NAMES)
 def test_many_language_models(name: str, seed: int) -> None:
-    check_parity(random_stock(FAMILIES[name].heads[1].stock, seed, **draw(name, seed)))
+    check_parity(random_stock(FAMILIES[name].heads[1].stock, seed, **draw(name, seed, padless=True)))
 
 
 @pytest.mark.parametrize(("name", "stock"), [pair for pair in HEADS if "LM" not in pair[1]])
 def test_other_heads(name: str, stock: str) -> None:
     """Backbones and classifiers, in every class that transformers has for the family."""
     check_parity(random_stock(stock, 100, **draw(name, 100)))
+
+
+@pytest.mark.parametrize(("name", "stock"), [pair for pair in HEADS if "Sequence" in pair[1]])
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_other_losses_of_classifiers(name: str, stock: str, problem: str) -> None:
+    model = random_stock(stock, 101, **{**draw(name, 101), "problem_type": problem, "id2label": {0: "a", 1: "b"}})
+    check_parity(model)
 
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61, "pad_token_id": 0}
