@@ -126,9 +126,16 @@ def reader(state: Mapping[str, Tensor], side: Side) -> Callable[[str], Tensor]:
     """How to read a tensor of a side from `state`, under whichever of its tied names it is there."""
 
     def read(name: str) -> Tensor:
-        for twin in (name, *side.tied[name]):
-            if twin in state:
-                return state[twin]
-        raise ValueError(f"the weights lack {name}; the checkpoint is incomplete or of another class")
+        found = [twin for twin in dict.fromkeys((name, *side.tied[name])) if twin in state]
+        if not found:
+            raise ValueError(f"the weights lack {name}; the checkpoint is incomplete or of another class")
+        tensor = state[found[0]]
+        for twin, other in ((twin, state[twin]) for twin in found[1:]):
+            if other.data_ptr() != tensor.data_ptr() and not torch.equal(other, tensor):
+                raise ValueError(
+                    f"{found[0]} and {twin} are one tensor by the config but differ; make them equal, or set "
+                    "tie_word_embeddings=False if they are meant to differ"
+                )
+        return tensor
 
     return read

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from conversion_cases import check_parity, check_round_trip, close, padded, random_stock, same_state, shake
+from safetensors.torch import load_file, save_file
 
 import urform
 from urform import UrformConfig
@@ -181,7 +182,7 @@ def test_fine_tuned_here_and_used_there(name: str, tmp_path: Path) -> None:
     after = ours(**batch)
     assert after.loss < before
     close(loaded(**batch).logits, after.logits, "logits")
-    close(urform.from_transformers(loaded)(**batch).logits, after.logits, "logits")
+    close(urform.from_transformers(str(tmp_path))(**batch).logits, after.logits, "logits")
 
 
 def test_labels_that_end_in_pad_tokens_begin_with_the_language_as_in_mbart() -> None:
@@ -276,6 +277,24 @@ def test_tables_that_a_class_makes_are_checked_and_made() -> None:
     with torch.no_grad():
         stock.model.decoder.embed_positions.weight[3] += 0.01
     with pytest.raises(ValueError, match=r"decoder\.embed_positions"):
+        urform.from_transformers(stock)
+
+
+def test_checkpoints_without_the_bias_of_the_logits(tmp_path: Path) -> None:
+    """Early ones have none; transformers takes zeros."""
+    stock = random_stock("BartForConditionalGeneration", **SMALL["bart"])
+    stock.final_logits_bias.zero_()
+    stock.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["final_logits_bias"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    same_state(urform.from_transformers(str(tmp_path)), urform.from_transformers(stock))
+
+
+def test_tables_that_are_one_by_the_config_but_differ_are_refused() -> None:
+    stock = random_stock("T5Model", **SMALL["t5"])
+    stock.decoder.embed_tokens.weight = torch.nn.Parameter(stock.shared.weight + 1)
+    with pytest.raises(ValueError, match=r"decoder\.embed_tokens\.weight are one tensor by the config but differ"):
         urform.from_transformers(stock)
 
 
