@@ -194,9 +194,9 @@ def urform_config(
             continue
         if name in family.training_only:
             lost[name] = kept[name] = value
-        elif name in family.ignored or name not in back or (back[name] is None and value is False):
+        elif family.idle[name](stock) if name in family.idle else name in family.ignored:
             kept[name] = value
-        elif name in family.idle and family.idle[name](stock):
+        elif name not in family.idle and (name not in back or (back[name] is None and value is False)):
             kept[name] = value
         else:
             obstacles[name] = repr(value)

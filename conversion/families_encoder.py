@@ -66,6 +66,9 @@ _BERT_WEIGHTS = (
 )
 
 
+# A field of old checkpoints; transformers 5 has no relative positions here, and overlooks it.
+_ABSOLUTE = {"position_embedding_type": lambda stock: stock.position_embedding_type in (None, "absolute")}
+
 # A table of one row of zeros is none.
 _TOKEN_TYPES = Axis(
     lambda stock: {"type_vocab_size": stock.type_vocab_size},
@@ -116,6 +119,7 @@ BERT = Family(
     fixed=_BERT,
     fields={**_BERT_FIELDS, **same("max_position_embeddings")},
     axes=(_TOKEN_TYPES,),
+    idle=_ABSOLUTE,
     held_by_weights=("type_vocab_size",),
 )
 
@@ -147,6 +151,7 @@ def _roberta(model_type: str, name: str) -> Family:
         fixed={**_BERT, "position_counting": "tokens", "lm_head_activation": "gelu"},
         fields=_BERT_FIELDS,
         axes=(_TOKEN_TYPES, _FAIRSEQ_POSITIONS),
+        idle=_ABSOLUTE,
         held_by_weights=("type_vocab_size",),
     )
 
@@ -337,6 +342,7 @@ MODERNBERT = Family(
         Axis(_modernbert_to_urform, _modernbert_to_stock),
     ),
     training_only=("embedding_dropout", "sparse_prediction"),
+    idle={"sparse_pred_ignore_index": lambda stock: not stock.sparse_prediction},
     ignored=(
         "local_attention",
         "cls_token_id",
