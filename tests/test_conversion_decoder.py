@@ -244,8 +244,10 @@ def test_families_and_classes_that_there_are_not() -> None:
     ],
 )
 def test_what_a_family_cannot_express_is_refused(family: str, changes: dict[str, Any]) -> None:
-    stock = random_stock(FAMILIES[family].heads[1].stock, 0, **draw(family, 0))
-    config = urform_config(stock.config).to_dict()
+    fields = {**draw(family, 0), "hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2}
+    fields = {**fields, **{k: v for k, v in {"num_key_value_heads": 2, "head_dim": 6}.items() if k in fields}}
+    fields = {k: v for k, v in fields.items() if k not in ("rope_parameters", "layer_types")}
+    config = urform_config(getattr(hf, FAMILIES[family].stock_config)(**fields)).to_dict()
     config.update(layer_types=None)
     ours = urform.UrformForCausalLM(UrformConfig(**{**config, **changes}))
     with pytest.raises(ValueError, match=rf"cannot be expressed in {family}; in the way stand: .*") as error:
