@@ -311,9 +311,8 @@ def _compute(record: TrainingRecord, given: dict[str, Any]) -> str | None:
             "embeddings."
         )
     if record.seconds:
-        on_cpu = not re.search(r"nvidia|cuda|geforce|amd instinct|xpu|mps", record.device, re.IGNORECASE)
         stated = given.get("power_watts")
-        watts = float(stated) if stated else _WATTS["cpu" if on_cpu else "gpu"]
+        watts = float(stated) if stated else _WATTS["gpu" if record.on_gpu else "cpu"]
         energy = record.seconds * watts * record.processes / 3.6e6
         source = "stated by the author" if stated else "an assumption, not a measurement"
         parts.append(

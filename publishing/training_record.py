@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class TrainingRecord:
         arguments: Training arguments.
         processes: Number of processes.
         device: Name of the device.
+        on_gpu: Whether it is an accelerator.
         recipe: The recipe of `urform train`.
     """
 
@@ -54,6 +55,7 @@ class TrainingRecord:
     arguments: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
     device: str = ""
+    on_gpu: bool = False
     recipe: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,18 +70,36 @@ class TrainingRecord:
 
 
 def write_arguments(folder: str | Path, arguments: Any) -> None:
-    """Write `TrainingArguments` as JSON, tokens hidden, with the device that they name."""
+    """Write those of `TrainingArguments` that a card tells as JSON, with the device that they name."""
+    text = json.dumps(_told(arguments), indent=1, default=str)
+    Path(folder, ARGUMENTS_NAME).write_text(f"{text}\n", encoding="utf-8")
+
+
+def record_of(state: Any, arguments: Any) -> TrainingRecord:
+    """Return the record of a run from its `TrainerState` and `TrainingArguments`."""
+    record = TrainingRecord()
+    _read_state(record, asdict(state))
+    _read_arguments(record, json.loads(json.dumps(_told(arguments), default=str)))
+    return record
+
+
+def _told(arguments: Any) -> dict[str, Any]:
     import torch
 
-    on_gpu = arguments.device.type != "cpu"
+    device = platform.processor() or platform.machine()
+    if arguments.device.type == "cuda":
+        device = torch.cuda.get_device_name(arguments.device)
+    elif arguments.device.type != "cpu":
+        device = arguments.device.type
     values = {name: value for name, value in arguments.to_dict().items() if name in TOLD}
-    told = {
-        "arguments": values,
-        "processes": arguments.world_size,
-        "device": torch.cuda.get_device_name(arguments.device) if on_gpu and torch.cuda.is_available() else
-        (arguments.device.type if on_gpu else platform.processor() or platform.machine()),
-    }  # fmt: skip
-    Path(folder, ARGUMENTS_NAME).write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
+    on_gpu = arguments.device.type != "cpu"
+    return {"arguments": values, "processes": arguments.world_size, "device": device, "on_gpu": on_gpu}
+
+
+def _read_arguments(record: TrainingRecord, told: dict[str, Any]) -> None:
+    record.arguments = {name: told["arguments"][name] for name in TOLD if name in told.get("arguments", {})}
+    record.processes, record.device = int(told.get("processes", 1)), str(told.get("device", ""))
+    record.on_gpu = bool(told.get("on_gpu", False))
 
 
 def read_record(checkpoint: str | Path) -> TrainingRecord:
@@ -92,9 +112,7 @@ def read_record(checkpoint: str | Path) -> TrainingRecord:
     if (path := _first([folder, *_checkpoints(folder)], "trainer_state.json")) is not None:
         _read_state(record, read_json(path))
     if (path := _first(places, ARGUMENTS_NAME)) is not None:
-        told = read_json(path)
-        record.arguments = {name: told["arguments"][name] for name in TOLD if name in told.get("arguments", {})}
-        record.processes, record.device = int(told.get("processes", 1)), str(told.get("device", ""))
+        _read_arguments(record, read_json(path))
     if (path := _first(places, "recipe.yaml")) is not None:
         import yaml
 

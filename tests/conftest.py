@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 # Read by huggingface_hub, transformers and torch when they are imported: set before anything imports them.
 _HOME = tempfile.TemporaryDirectory(prefix="urform-tests-", ignore_cleanup_errors=True)
@@ -34,6 +35,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def _world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from hub_client import open_world
+
+    with open_world(tmp_path_factory.mktemp("hub")) as world:
+        yield world
+
+
+@pytest.fixture
+def world(_world: Any) -> Any:
+    """A Hub on loopback and its clients, see `hub_client.open_world`; without the trouble of the test before."""
+    _world.hub.trouble.clear()
+    _world.hub.requests.clear()
+    return _world
 
 
 @pytest.fixture(autouse=True)

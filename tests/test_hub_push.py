@@ -1,75 +1,10 @@
 """Pushes over HTTP to a Hub on loopback by the real client, and what others then load: with Urform, and without."""
 
 import json
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-from hub_client import NO_WAITING, Client
-from hub_server import Hub
-
-TOKEN = "hf_" + "Canary" * 6
-TINY = (
-    '{"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}'
-)
-MAKE = f"""
-import json, os, sys, torch, urform, transformers
-torch.manual_seed(0)
-TINY = {TINY}
-def make(name="UrformForCausalLM", architecture="decoder", **fields):
-    return getattr(urform, name)(urform.UrformConfig(architecture=architecture, **{{**TINY, **fields}})).eval()
-def tokenizer():
-    return urform.UrformTokenizer.train(["1 2 3 four five"] * 5, vocab_size=300)
-"""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """A Hub with a user who may write and one who may read, and a process on each side of the installation."""
-    home = tmp_path_factory.mktemp("hub")
-    with Hub() as hub:
-        hub.tokens |= {TOKEN: ("me", "write"), "hf_readonly": ("me", "read"), "hf_other": ("other", "write")}
-        plugin, bare = Client(hub.endpoint, home / "plugin"), Client(hub.endpoint, home / "bare", bare=True)
-
-        def push(code: str, token: str = TOKEN):
-            return plugin.run(MAKE + code, HF_TOKEN=token)
-
-        yield SimpleNamespace(hub=hub, plugin=plugin, bare=bare, push=push, home=home)
-        plugin.close()
-        bare.close()
-        assert not hub.errors, hub.errors
-        # Nothing that was published or kept by the clients has the token in it.
-        for repo in hub.repos.values():
-            for commit in repo.commits.values():
-                assert not any(TOKEN.encode() in hub.objects[blob.oid] for blob in commit.files.values())
-        for path in home.rglob("*"):
-            if path.is_file() and not path.is_symlink():
-                assert TOKEN.encode() not in path.read_bytes(), path
-
-
-@pytest.fixture(autouse=True)
-def _no_trouble_left(world: SimpleNamespace) -> Iterator[None]:
-    world.hub.trouble.clear()
-    world.hub.requests.clear()
-    yield
-
-
-def logits(auto: str, repo: str, options: str = "") -> str:
-    """A script that prints the outputs of a model for fixed ids, and its tokenizer's ids."""
-    return f"""
-import torch, json, transformers
-model = transformers.{auto}.from_pretrained({repo!r}{options}).eval()
-ids = torch.arange(12).reshape(2, 6) + 3
-with torch.no_grad():
-    out = model(input_ids=ids)[0]
-print(json.dumps([type(model).__module__.partition(".")[0], out.double().flatten().tolist()]))
-"""
-
-
-def last_line(text: str):
-    """The JSON in the last line of an output."""
-    return json.loads(text.strip().splitlines()[-1])
-
+from hub_client import NO_WAITING, TOKEN, last_line, logits
 
 # ----------------------------------------------------------------------------------------------------------- pushing
 

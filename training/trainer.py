@@ -8,7 +8,9 @@
   `SmoothedCrossEntropy`;
 * checkpoints that are complete or do not count: a manifest with the size of every file is written last, a failed save
   removes what it wrote and leaves the previous checkpoints alone, and `last_complete_checkpoint` skips torn ones;
-* `config.use_cache` as the user set it: Trainer turns it off for training and would save that into every checkpoint.
+* `config.use_cache` as the user set it: Trainer turns it off for training and would save that into every checkpoint;
+* with every save the training arguments as JSON, which can be read without unpickling anything, and the model card of
+  `urform push` where the run is pushed to the Hub.
 
 It works with any model of transformers, not only Urform's.
 """
@@ -42,7 +44,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..modeling.modeling_urform import UrformLanguageModel
+from ..modeling.modeling_urform import UrformLanguageModel, UrformPreTrainedModel
+from ..publishing.model_card import is_placeholder, make_card, update_card
+from ..publishing.training_record import record_of, write_arguments
 from .batching import GlobalBatchSampler
 
 __all__ = [
@@ -341,6 +345,41 @@ class UrformTrainer(Seq2SeqTrainer):
         finally:
             if training_value is not None:
                 config.use_cache = training_value
+        if self.args.should_save:
+            write_arguments(output_dir or self.args.output_dir, self.args)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """For Urform's models the card of `urform push`, from the state of this run; a card of the user's is kept."""
+        if not isinstance(self.model, UrformPreTrainedModel):
+            super().create_model_card(
+                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+            )
+        elif self.is_world_process_zero():
+            given = {
+                "language": language,
+                "license": license,
+                "tags": tags,
+                "model_name": model_name,
+                "base_model": finetuned_from,
+                "pipeline_tag": tasks if isinstance(tasks, str) else None,
+                "datasets": dataset_tags or dataset,
+            }
+            given = {name: value for name, value in given.items() if value is not None}
+            folder, record = Path(self.args.output_dir), record_of(self.state, self.args)
+            repo_id, card = self.hub_model_id or folder.resolve().name, folder / "README.md"
+            make = make_card if not card.is_file() or is_placeholder(card) else update_card
+            make(folder, repo_id, record, given).save(card)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
