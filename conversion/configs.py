@@ -182,7 +182,7 @@ def urform_config(
         extras.pop("tie_word_embeddings", None)
     kept: dict[str, Any] = {}
     try:
-        config = UrformConfig(**{**fields, **extras})
+        config = _with_extras(family, head, fields, extras)
         back = _public(_build(family, family.to_stock(config, head)))
     except _INVALID as error:
         raise ValueError(_refusal(f"a {type(stock).__name__}", "Urform", obstacles, error)) from error
@@ -211,6 +211,24 @@ def urform_config(
     if "source_family" not in extras:
         config.source_family, config.source_fields = family.model_type, kept or None
     return config
+
+
+def _with_extras(family: Family, head: Head, fields: dict[str, Any], extras: dict[str, Any]) -> UrformConfig:
+    """The config of these fields and of those extras on which no number depends: the family's own fields say those.
+
+    An extra may have begun to matter: what a language model did not use may be what a classifier is made of.
+    """
+    want = what_matters(UrformConfig(**fields), head.ours)
+    for name in family.fields.keys() & extras.keys():
+        del extras[name]
+    while True:
+        config = UrformConfig(**{**fields, **extras})
+        have = what_matters(config, head.ours)
+        wrong = {name for name in {*want, *have} if want.get(name) != have.get(name)} - set(family.held_by_weights)
+        if not wrong & extras.keys():
+            return config
+        for name in wrong & extras.keys():
+            del extras[name]
 
 
 def _refusal(what: str, where: str, obstacles: Mapping[str, str], error: Exception | None = None) -> str:
@@ -248,7 +266,7 @@ def stock_config(config: UrformConfig, family: Family, head: Head) -> PreTrained
         raise ValueError(_refusal("this UrformConfig", family.model_type, obstacles))
     if config.source_family == family.model_type and config.source_fields:
         again = _build(family, {**fields, **copy.deepcopy(config.source_fields)})
-        if what_matters(UrformConfig(**family.to_urform(again, head)), head.ours) == have:
+        if _means(again, head, family, have):
             stock = again
             back = UrformConfig(**family.to_urform(stock, head))
     ours, theirs = _public(config), _public(back)
@@ -266,6 +284,16 @@ def stock_config(config: UrformConfig, family: Family, head: Head) -> PreTrained
         stock.urform = copy.deepcopy(differ)
     stock.architectures = [head.stock]
     return stock
+
+
+def _means(stock: PreTrainedConfig, head: Head, family: Family, what: dict[str, Any]) -> bool:
+    """Whether a stock config can be expressed, and comes to these numbers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return what_matters(urform_config(stock, head, family=family), head.ours) == what
+        except ValueError:
+            return False
 
 
 def choose_family(config: UrformConfig, ours: str, name: str | None = None) -> tuple[Family, Head, PreTrainedConfig]:

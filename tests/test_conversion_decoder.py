@@ -322,6 +322,23 @@ def test_a_changed_config_is_not_overruled_by_what_came_with_it() -> None:
     assert urform.to_transformers(ours).config.n_inner == 50
 
 
+def test_what_came_with_a_config_never_changes_a_number() -> None:
+    """Neither the attribute `urform` of a stock config nor `source_fields` of ours, whoever wrote them."""
+    stock = random_stock("GPT2LMHeadModel", 0, **SMALL)
+    stock.config.urform = {"norm_position": "post", "classifier_activation": "tanh", "hidden_dropout_prob": 0.3}
+    ours = urform.from_transformers(stock)
+    assert ours.config.norm_position == "pre" and ours.config.classifier_activation == "tanh"
+    ids = torch.randint(3, 61, (2, 9))
+    assert (ours(ids).logits - stock(ids).logits).abs().max() <= 1e-5
+    ours.config.source_fields = {"scale_attn_by_inverse_layer_idx": True, "n_inner": 96}
+    back = urform.to_transformers(ours)
+    assert not back.config.scale_attn_by_inverse_layer_idx
+    assert (back(ids).logits - stock(ids).logits).abs().max() <= 1e-5
+    classifier = random_stock("GPT2ForSequenceClassification", 0, **SMALL)
+    classifier.config.urform = {"classifier_activation": "tanh"}  # the language model's, where it meant nothing
+    assert urform.from_transformers(classifier).config.classifier_activation is None
+
+
 def test_dtype_mode_and_independence() -> None:
     """Bit-equal in bfloat16; in training if it was; no tensor is shared with the source."""
     stock = random_stock("LlamaForCausalLM", 0, **draw("llama", 0)).to(torch.bfloat16).train()
