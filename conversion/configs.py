@@ -219,7 +219,7 @@ def _with_extras(family: Family, head: Head, fields: dict[str, Any], extras: dic
     An extra may have begun to matter: what a language model did not use may be what a classifier is made of.
     """
     want = what_matters(UrformConfig(**fields), head.ours)
-    for name in family.fields.keys() & extras.keys():
+    for name in family.fields.keys() & extras.keys() & _TRAINING_ONLY:
         del extras[name]
     while True:
         config = UrformConfig(**{**fields, **extras})
