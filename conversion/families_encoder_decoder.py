@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
 from ..configuration.configuration_urform import UrformConfig
+from .families_decoder import classifier_rate
 from .family import RESHAPED, Axis, Family, Head, Rule, modules, same
 
 
@@ -17,13 +18,9 @@ def _both(stock: str, ours: str) -> tuple[Rule, ...]:
     return tuple(Rule(f"{side}.{stock}", f"{side}.{ours}") for side in ("encoder", "decoder"))
 
 
-def _classifier_rate(config: UrformConfig) -> float:
-    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-
-
 _CLASSIFIER_DROPOUT = Axis(
     lambda stock: {"classifier_dropout": stock.classifier_dropout},
-    lambda config: {"classifier_dropout": _classifier_rate(config)},
+    lambda config: {"classifier_dropout": classifier_rate(config)},
 )
 # Where the output projection has a table of its own, the encoder and the decoder have theirs.
 _SHARED_OR_NOT = Axis(
@@ -34,6 +31,8 @@ _ALL_OR_NONE = Axis(
     lambda stock: {},
     lambda config: {"tie_word_embeddings": config.share_embeddings and config.tie_word_embeddings},
 )
+_CLASSIFIER = modules("classification_head.", "classifier.", {"dense": "transform.dense", "out_proj": "out_proj"})
+_QA = modules("", "", {"qa_outputs": "qa_outputs"})
 _PAIR: dict[str, Any] = {"architecture": "encoder-decoder", "classifier_pooling": "last"}
 
 # ------------------------------------------------------------------------------------------------- BART and its kin
@@ -81,16 +80,13 @@ _BART_FIELDS = {
 _LAYERDROP = ("encoder_layerdrop", "decoder_layerdrop")
 # What generation is forced to is in the generation config.
 _NOTHING_FORCED = Axis(lambda stock: {}, lambda config: {"forced_eos_token_id": None})
-_IGNORED = ("is_decoder", "forced_eos_token_id")
+# None may stand for a start token that the generation config names.
+_IGNORED = ("decoder_start_token_id", "forced_eos_token_id")
 _LM_HEAD = Rule("lm_head.weight", "lm_head.weight")
 _LOGITS_BIAS = Rule("final_logits_bias", "lm_head.bias", RESHAPED, fill=0.0)
 
 
 def _bart_heads(name: str) -> tuple[Head, ...]:
-    classifier = {
-        "classification_head.dense": "classifier.transform.dense",
-        "classification_head.out_proj": "classifier.out_proj",
-    }
     return (
         Head("UrformModel", f"{name}Model"),
         Head(
@@ -99,11 +95,11 @@ def _bart_heads(name: str) -> tuple[Head, ...]:
             (_LM_HEAD, _LOGITS_BIAS),
             axes=(_ALL_OR_NONE,),
         ),
-        Head("UrformForSequenceClassification", f"{name}ForSequenceClassification", modules("", "", classifier)),
+        Head("UrformForSequenceClassification", f"{name}ForSequenceClassification", _CLASSIFIER),
         Head(
             "UrformForQuestionAnswering",
             f"{name}ForQuestionAnswering",
-            modules("", "", {"qa_outputs": "qa_outputs"}),
+            _QA,
         ),
     )
 
@@ -139,7 +135,7 @@ MBART = Family(
     fields=_BART_FIELDS,
     axes=(_SHARED_OR_NOT, _CLASSIFIER_DROPOUT, _NOTHING_FORCED),
     training_only=_LAYERDROP,
-    ignored=(*_IGNORED, "decoder_start_token_id"),  # None where the generation config names the language
+    ignored=_IGNORED,
     held_by_weights=("lm_head_bias",),
 )
 
@@ -168,6 +164,7 @@ M2M_100 = Family(
         ),
     ),
     training_only=_LAYERDROP,
+    ignored=("decoder_start_token_id",),
 )
 
 
@@ -242,24 +239,18 @@ def _t5_heads(name: str) -> tuple[Head, ...]:
         # the class itself sets these
         "axes": (Axis(lambda stock: {}, lambda config: {"use_cache": False, "is_encoder_decoder": False}),),
     }
-    classifier = {
-        "classification_head.dense": "classifier.transform.dense",
-        "classification_head.out_proj": "classifier.out_proj",
-    }
     return (
         Head("UrformModel", f"{name}Model"),
         Head("UrformForConditionalGeneration", f"{name}ForConditionalGeneration", (_LM_HEAD,)),
         Head("UrformEncoderModel", f"{name}EncoderModel", **alone),
-        Head("UrformForSequenceClassification", f"{name}ForSequenceClassification", modules("", "", classifier)),
+        Head("UrformForSequenceClassification", f"{name}ForSequenceClassification", _CLASSIFIER),
         Head(
             "UrformForTokenClassification",
             f"{name}ForTokenClassification",
             modules("", "", {"classifier": "classifier.out_proj"}),
             **alone,
         ),
-        Head(
-            "UrformForQuestionAnswering", f"{name}ForQuestionAnswering", modules("", "", {"qa_outputs": "qa_outputs"})
-        ),
+        Head("UrformForQuestionAnswering", f"{name}ForQuestionAnswering", _QA),
     )
 
 
@@ -307,7 +298,9 @@ _T5: dict[str, Any] = {
         "norm_eps": "layer_norm_epsilon",
     },
     "training_only": ("initializer_factor",),
-    "ignored": ("is_decoder", "is_encoder_decoder", "use_cache", "feed_forward_proj", "num_decoder_layers"),
+    "ignored": (
+        *("is_encoder_decoder", "use_cache", "feed_forward_proj", "num_decoder_layers", "decoder_start_token_id"),
+    ),
     "held_by_weights": ("tie_word_embeddings",),
 }
 _T5_AXES = (_CLASSIFIER_DROPOUT, Axis(_t5_to_urform, _t5_to_stock))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import urform
 from urform import UrformConfig
+from urform.conversion.configs import find_family, find_head, urform_config
 from urform.conversion.families_encoder_decoder import ENCODER_DECODERS
 
 HEADS = [(family.model_type, head.stock) for family in ENCODER_DECODERS for head in family.heads]
@@ -231,14 +232,15 @@ SMALL = {
             ["quan"],
         ),
         ("BartForConditionalGeneration", {"is_encoder_decoder": False}, ["is_encoder_decoder=False"]),
+        ("BartModel", {"is_decoder": True, "use_bfloat16": True}, ["is_decoder=True"]),
+        ("T5EncoderModel", {"is_decoder": True}, ["is_decoder=True"]),
+        ("M2M100Model", {"pad_token_id": None}, ["pad_token_id"]),
         ("M2M100ForConditionalGeneration", {"d_model": 13, "encoder_attention_heads": 1}, ["hidden_size=13"]),
         ("T5ForConditionalGeneration", {"relative_attention_max_distance": 16}, ["relative_attention_max_distance=16"]),
         ("T5ForConditionalGeneration", {"relative_attention_num_buckets": 2}, ["relative_attention_num_buckets=2"]),
     ],
 )
 def test_a_config_that_cannot_be_expressed_is_refused(stock: str, fields: dict[str, Any], named: list[str]) -> None:
-    from urform.conversion.convert import find_family, find_head, urform_config
-
     config_class = getattr(hf, stock).config_class
     config = config_class(**{**SMALL["t5" if "T5" in stock else "bart"], **fields})
     with pytest.raises(ValueError) as error:
@@ -257,8 +259,6 @@ def test_a_config_that_cannot_be_expressed_is_refused(stock: str, fields: dict[s
     ],
 )
 def test_mixtures_of_experts_and_strangers_are_refused_by_name(config: Any) -> None:
-    from urform.conversion.convert import urform_config
-
     with pytest.raises(ValueError, match=config.model_type):
         urform_config(config)
 
