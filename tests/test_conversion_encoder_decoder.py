@@ -186,6 +186,24 @@ def test_fine_tuned_here_and_used_there(name: str, tmp_path: Path) -> None:
     close(urform.from_transformers(str(tmp_path))(**batch).logits, after.logits, "logits")
 
 
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_training_step_is_the_same_step(name: str) -> None:
+    """Without dropout every parameter is the same after it, but for the bias of the logits, a constant there."""
+    fields = draw(name, GENERATORS[name], 2)
+    stock = stock_model(name, GENERATORS[name], 2, **{key: 0.0 for key in fields if "drop" in key}).train()
+    ours = urform.from_transformers(stock)
+    ids, mask = padded("right", stock.config.vocab_size, stock.config.pad_token_id)
+    labels = padded("none", stock.config.vocab_size, stock.config.pad_token_id, 6)[0]
+    for model in (stock, ours):
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.0 if parameter.grad is None else parameter.grad, alpha=-1)
+    want, have = urform.from_transformers(stock).state_dict(), ours.state_dict()
+    for key in have.keys() - {"lm_head.bias"}:
+        close(have[key], want[key], key)
+
+
 def test_labels_that_end_in_pad_tokens_begin_with_the_language_as_in_mbart() -> None:
     stock = stock_model("mbart", GENERATORS["mbart"], 0)
     ours = urform.from_transformers(stock)
