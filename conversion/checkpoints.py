@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -333,8 +333,8 @@ def convert_checkpoint(
         raise ValueError(f"{target} exists and is not empty; remove it or name another folder")
     folder = find_folder(source, **hub)
     conversion, shards, back = _prepare(folder, family)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
     try:
         head, config = conversion.head, conversion.stock if back else conversion.ours
         model_class = stock_class(head) if back else our_class(head)
@@ -345,16 +345,8 @@ def convert_checkpoint(
         if model_class.can_generate():
             _generation_config(folder).save_pretrained(temporary)
         _carry_files(folder, temporary)
-        os.chmod(temporary, 0o777 & ~_umask())
         os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
-
-
-def _umask() -> int:
-    """The process's, which mkdtemp does not follow; it can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -179,6 +179,8 @@ def from_transformers(model: PreTrainedModel | str | os.PathLike, **kwargs: Any)
         from .checkpoints import load_stock
 
         return load_stock(model, **kwargs)
+    if kwargs:
+        raise ValueError(f"{', '.join(kwargs)} is for a folder or a Hub id; model is a {type(model).__name__}: drop it")
     state = _state(model)
     conversion = prepare_from(model.config, type(model).__name__, state)
     return _carry(model, assemble(conversion, state, model.dtype, back=False))
