@@ -77,8 +77,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing weight": (lambda f: reweigh(f, lambda w: w.pop(max(w))), "lacks the weights"),
     "unknown weight": (lambda f: reweigh(f, lambda w: w.update(extra=torch.ones(2))), "that the model has not: extra"),
     "other shape": (lambda f: reweigh(f, lambda w: w.update({max(w): torch.ones(3)})), r"has shape \(3,\)"),
-    "not a number": (lambda f: reweigh(f, lambda w: w[max(w)].view(-1)[0].fill_(math.nan)), "1 values that are not finite"),
-    "infinite": (lambda f: reweigh(f, lambda w: w[min(w)].view(-1)[3].fill_(math.inf)), "1 values that are not finite"),
+    "not a number": (lambda f: reweigh(f, lambda w: w[max(w)].view(-1)[0].fill_(math.nan)), "1 values that are"),
+    "infinite": (lambda f: reweigh(f, lambda w: w[min(w)].view(-1)[3].fill_(math.inf)), "1 values that are"),
     "untied": (
         lambda f: reweigh(f, lambda w: w.update({"lm_head.weight": torch.ones(300, 16)})),
         "differ, but the config ties them",
@@ -94,7 +94,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another end": (lambda f: edit(f / "config.json", eos_token_id=7), "eos_token_id is 2 in the tokenizer and 7"),
     "start outside": (lambda f: edit(f / "generation_config.json", decoder_start_token_id=300), "=300 is outside"),
     "a token": (lambda f: edit(f / "tokenizer_config.json", note="hf_" + "a" * 34), "a Hugging Face token"),
-    "a key": (lambda f: (f / "README.md").write_text("\n-----BEGIN RSA PRIVATE KEY-----"), r"README\.md:2: .* private key"),
+    "a key": (lambda f: (f / "README.md").write_text("\n-----BEGIN RSA PRIVATE KEY-----"), r"README\.md:2: .*private"),
     "a password": (lambda f: edit(f / "generation_config.json", origin="https://me:pass@host/x"), "a password"),
     "a token in the weights' metadata": (
         lambda f: save_file(load_file(shards(f)[0]), shards(f)[0], metadata={"format": "pt", "by": "hf_" + "b" * 34}),
