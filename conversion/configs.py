@@ -23,7 +23,7 @@ from .family import Family, Head
 # What no config field says about numbers, on either side.
 _BOOKKEEPING = frozenset(
     "architectures transformers_version dtype torch_dtype model_type name_or_path source_family source_fields urform "
-    "attn_implementation auto_map".split()
+    "attn_implementation auto_map base_model_tp_plan".split()
 )
 _TRAINING_ONLY = frozenset(
     "hidden_dropout_prob attention_dropout activation_dropout classifier_dropout freeze_pad_embedding".split()
