@@ -220,9 +220,11 @@ class _Entry(NamedTuple):
 
 
 def _entries(conversion: Conversion, shards: Shards, back: bool) -> dict[str, _Entry]:
-    """Every tensor that the steps make, by name, in their order."""
+    """Every tensor that the steps make and that is saved, by name, in their order."""
     tied, names = conversion.source.tied, {now: stored for stored, now in conversion.head.renamed.items() if back}
-    entries, usual = {}, shards.dtype(next(iter(shards)))
+    entries: dict[str, _Entry] = {}
+    taken: set[str] = set()
+    usual = shards.dtype(next(iter(shards)))
     missing = [name for step in conversion.steps for name in step.sources if not any(n in shards for n in tied[name])]
     if missing:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)}; it is incomplete or of another class")
@@ -232,7 +234,11 @@ def _entries(conversion: Conversion, shards: Shards, back: bool) -> dict[str, _E
         if len(dtypes) > 1 or not dtypes <= _DTYPES.keys():
             raise ValueError(f"{', '.join(read)} are stored as {', '.join(sorted(dtypes))}; cast them to one dtype")
         for name, shape in zip(step.targets, step.shapes, strict=True):
-            entries[name] = _Entry(names.get(name, name), min(dtypes), shape)
+            saved = conversion.target.saved.get(name, name)
+            saved = names.get(saved, saved)
+            if saved is not None and saved not in taken:
+                entries[name] = _Entry(saved, min(dtypes), shape)
+                taken.add(saved)
     return entries
 
 
@@ -274,7 +280,7 @@ def _write_weights(conversion: Conversion, shards: Shards, folder: Path, back: b
             "weight_map": {e.name: n for n, part in zip(names, files, strict=True) for e in part.values()},
         }
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    tensors = _made(conversion, shards)
+    tensors = (pair for pair in _made(conversion, shards) if pair[0] in entries)
     for name, part in zip(names, files, strict=True):
         with open(folder / name, "wb") as file:
             file.write(_header(part))

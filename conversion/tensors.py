@@ -32,11 +32,16 @@ class Step(NamedTuple):
 
 
 class Side(NamedTuple):
-    """The tensors of a model: name to shape, and name to the names that share its storage (itself among them)."""
+    """The tensors of a model.
+
+    Name to shape; name to the names that share its storage (itself among them); the prefix of the backbone; and, where
+    a checkpoint differs, name to the name under which it is saved (None: not at all).
+    """
 
     shapes: dict[str, torch.Size]
     tied: dict[str, tuple[str, ...]]
     prefix: str
+    saved: Mapping[str, str | None] = {}
 
     @classmethod
     def of(cls, model: PreTrainedModel, untied: Collection[str] = ()) -> "Side":
@@ -46,10 +51,12 @@ class Side(NamedTuple):
         for name, tensor in tensors.items():
             groups.setdefault(name if name in untied else id(tensor), []).append(name)
         prefix = model.base_model_prefix
+        saved = {name: source for name, source in model.all_tied_weights_keys.items() if name not in untied}
         return cls(
             {name: tensor.shape for name, tensor in tensors.items()},
             {name: tuple(group) for group in groups.values() for name in group},
             f"{prefix}." if prefix and hasattr(model, prefix) else "",
+            {**saved, **dict.fromkeys(model._keys_to_ignore_on_save or ())},
         )
 
 

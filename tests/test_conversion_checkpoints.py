@@ -24,12 +24,48 @@ import urform
 from urform.conversion.checkpoints import convert_checkpoint
 from urform.conversion.families import FAMILIES
 
+_PAIR = {
+    "vocab_size": 37,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 20,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+_OTHERS: dict[str, dict[str, Any]] = {
+    "BartForConditionalGeneration": _PAIR,
+    "MarianMTModel": _PAIR,
+    "T5ForConditionalGeneration": {
+        "vocab_size": 37,
+        "d_model": 16,
+        "d_kv": 4,
+        "d_ff": 24,
+        "num_heads": 4,
+        "num_layers": 2,
+    },
+    "BertForMaskedLM": {
+        "vocab_size": 37,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 20,
+    },
+}
 CLASSES = [
     "GPTNeoXForCausalLM",
     "GPT2LMHeadModel",
     "Gemma2ForCausalLM",
     "LlamaForSequenceClassification",
     "Qwen3Model",
+    *_OTHERS,
 ]
 TEXT = ["The cat sat on the mat.", "A dog, 12 cats and 7 mice; naïve façade!", "for x in range(10): print(x)"] * 20
 LLAMA = {
@@ -42,6 +78,8 @@ LLAMA = {
 
 
 def model_of(name: str, seed: int = 3) -> Any:
+    if name in _OTHERS:
+        return random_stock(name, seed, **_OTHERS[name])
     family = next(f.model_type for f in FAMILIES.values() if any(h.stock == name for h in f.heads))
     return random_stock(name, seed, **draw(family, seed))
 
@@ -255,6 +293,20 @@ def test_a_backbones_names_serve_a_class_with_a_head(tmp_path: Path) -> None:
         return {**state, "h.0.attn.bias": torch.ones(1, 1, 4, 4)}
 
     rewrite(tmp_path, old)
+    same_state(urform.from_transformers(tmp_path), urform.from_transformers(stock))
+
+
+def test_berts_old_names(tmp_path: Path) -> None:
+    stock = model_of("BertForMaskedLM")
+    stock.save_pretrained(tmp_path)
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def rename(name: str) -> str:
+        for now, then in old.items():
+            name = name.replace(now, then)
+        return name
+
+    rewrite(tmp_path, lambda state: {rename(name): tensor for name, tensor in state.items()})
     same_state(urform.from_transformers(tmp_path), urform.from_transformers(stock))
 
 
