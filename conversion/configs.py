@@ -32,7 +32,8 @@ _WITHOUT_EFFECT = _BOOKKEEPING | frozenset(
     "initializer initializer_range use_cache bos_token_id eos_token_id output_hidden_states return_dict "
     "chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder".split()
 )
-_INVALID = (ValueError, StrictDataclassError)  # what a config raises that cannot be
+# What a config raises that cannot be; AttributeError in 5.17 where it does not expect rotary parameters per layer type.
+_INVALID = (ValueError, StrictDataclassError, AttributeError)
 _REFUSED = ("quantization_config", "auto_map", "per_layer_config")
 
 
