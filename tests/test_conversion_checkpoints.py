@@ -48,6 +48,7 @@ _OTHERS: dict[str, dict[str, Any]] = {
         "d_kv": 4,
         "d_ff": 24,
         "num_heads": 4,
+        "decoder_start_token_id": 0,
         "num_layers": 2,
     },
     "BertForMaskedLM": {
