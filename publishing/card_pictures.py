@@ -52,7 +52,7 @@ def draw_alignment(checkpoint: Path, text: str, path: Path) -> bool:
         return False
     figure = _figure(1.5 + 0.3 * len(source), 1.5 + 0.3 * len(written))
     axes = figure.add_subplot()
-    axes.imshow(weights_TS.numpy(), cmap="gray_r", vmin=0, aspect="auto")
+    axes.imshow(weights_TS.numpy(), cmap="gray_r", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(source)), source, rotation=90)
     axes.set_yticks(range(len(written)), written)
     figure.savefig(path)

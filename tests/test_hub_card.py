@@ -197,6 +197,7 @@ def test_snippets_of_every_head_run(auto: str, name: str, architecture: str, tmp
             assert capsys.readouterr().out  # untrained, it may be an empty line
 
 
+@pytest.mark.slow
 def test_verification_runs_the_snippets_of_the_card(trained: Path, tmp_path: Path):
     """A snippet that fails where Urform is not stops publication; a person's card is not run."""
     bundle = hub_upload.write_bundle(trained, tmp_path / "b", "me/it")
