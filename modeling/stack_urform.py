@@ -248,12 +248,24 @@ class UrformStack(UrformPreTrainedModel):
                     "the tokenizer is larger than vocab_size: call model.resize_token_embeddings(len(tokenizer))"
                 )
 
+    def _waves(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sinusoids of positions `[B, L]`; on a CPU those of each position are computed once."""
+        config, places, index = self.config, position_ids, None
+        if position_ids.device.type == "cpu" and not is_tracing(position_ids):
+            first, last = (int(x) for x in position_ids.aminmax())
+            if last - first < position_ids.numel():
+                places, index = torch.arange(first, last + 1), position_ids - first
+        waves = sinusoidal_positions(
+            places + config.position_offset, config.hidden_size, dtype, config.sinusoidal_layout
+        )
+        if config.position_counting == "tokens":  # padding, at -1, has none
+            waves = waves * (places >= 0)[..., None]
+        return waves if index is None else waves[index]
+
     def _add_positions(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
         config = self.config
         if config.position_encoding == "sinusoidal":
-            places = position_ids + config.position_offset
-            waves = sinusoidal_positions(places, config.hidden_size, embeds.dtype, config.sinusoidal_layout)
-            return embeds + (waves if config.position_counting != "tokens" else waves * (position_ids >= 0)[..., None])
+            return embeds + self._waves(position_ids, embeds.dtype)
         if self.embed_positions is None:
             return embeds
         if position_ids.device.type == "cpu" and not is_tracing(position_ids):
