@@ -28,6 +28,7 @@ from .checkpoint_checks import has_tokenizer, read_json
 from .model_card import MARK
 
 _LEFT_OUT = {"urform", "triton"}
+_ONE_BY_ONE = 2_000_000_000  # bytes of weights above which the processes do not share the memory
 _SETTINGS = re.compile(
     r"^(HF_|HUGGING|PYTHON|TRANSFORMERS_|TRITON_|PYTEST|COV_|VIRTUAL_ENV|.*(TOKEN|SECRET|PASSWORD|KEY))"
 )
@@ -101,13 +102,17 @@ def verify_bundle(
         name for name in auto_map(config.get("architecture", "encoder-decoder")) if name not in (auto, "AutoConfig")
     ]
     codes = list(card_snippets(bundle))
+    large = sum(path.stat().st_size for path in bundle.glob("*.safetensors")) > _ONE_BY_ONE
     runs: dict[str, tuple[Path, subprocess.Popen[str]]] = {}
+    ended: dict[str, tuple[str, int]] = {}
     for kind in ("bare", "installed") if has_code else ("installed",):
         bare, out = kind == "bare", home / f"{kind}.safetensors"
         own = [code for code in codes if ("import urform\n" in code) != bare]
         asked = json.dumps([bare, repo_id, auto, heads, str(out), has_tokenizer(bundle), own])
         runs[kind] = out, _start(_LOAD, packages if bare else None, home, asked)
-    ended = {kind: (process.communicate()[0], process.returncode) for kind, (_, process) in runs.items()}
+        if large:
+            ended[kind] = _end(runs[kind][1])
+    ended |= {kind: _end(process) for kind, (_, process) in runs.items() if kind not in ended}
     for kind, (output, status) in ended.items():
         if status:
             where = "without urform" if kind == "bare" else "with the installed urform"
@@ -198,6 +203,11 @@ def _start(code: str, packages: Path | None, home: Path, argument: str) -> subpr
         command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", start + code, argument]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, cwd=home, env=env, text=True, encoding="utf-8", errors="replace", **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def _end(process: subprocess.Popen[str]) -> tuple[str, int]:
+    """Wait for a process; return what it wrote and its exit code."""
+    return process.communicate()[0], process.returncode
 
 
 def _compare(results: list[Path]) -> None:

@@ -301,9 +301,14 @@ def test_bundle_only_writes_and_verifies(checkpoint: Path, tmp_path: Path, capsy
 
 
 NUDGE = """
-import torch.nn.functional as F
-_linear = F.linear
-F.linear = lambda x, weight, bias=None: _linear(x, weight, bias) * (1 + 1e-6)
+import functools
+_forward = UrformForConditionalGeneration.forward
+@functools.wraps(_forward)
+def _nudged(self, *args, **kwargs):
+    outputs = _forward(self, *args, **kwargs)
+    outputs.logits = outputs.logits * (1 + 1e-6)
+    return outputs
+UrformForConditionalGeneration.forward = _nudged
 """
 
 

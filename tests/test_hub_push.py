@@ -15,23 +15,26 @@ def test_models_and_tokenizers_push_loads_without_urform(world: SimpleNamespace)
 model = make()
 model.push_to_hub("me/pushed", max_shard_size="20KB")
 tokenizer().push_to_hub("me/pushed")
+model.save_pretrained("me-saved", max_shard_size="20KB", push_to_hub=True, repo_id="me/saved")
+tokenizer().save_pretrained("me-saved", push_to_hub=True, repo_id="me/saved")
 model.save_pretrained("saved")
 assert "auto_map" not in json.load(open("saved/config.json")) and not os.path.exists("saved/modeling_urform.py")
 model.save_pretrained("ck", max_shard_size="20KB"); tokenizer().save_pretrained("ck")
 from urform.hub_upload import write_bundle, upload_bundle
 upload_bundle(write_bundle("ck", "bundle", "me/uploaded"), "me/uploaded")
 from urform import check_bundle
-for name in ("me/pushed", "me/uploaded"):
+for name in ("me/pushed", "me/uploaded", "me/saved"):
     report = check_bundle(name)
     assert report.ok, report.to_text()
     assert not report.notes, report.notes
 """).ok()
     pushed, uploaded = world.hub.paths("me/pushed"), world.hub.paths("me/uploaded")
-    assert pushed == uploaded
+    assert pushed == uploaded == world.hub.paths("me/saved")
     assert {"model.safetensors.index.json", "requirements.txt", "README.md", "modeling_urform.py"} <= pushed
     assert len([name for name in pushed if name.endswith(".safetensors")]) > 1
     for name in pushed - {"README.md", "config.json"}:
         assert world.hub.read("me/pushed", name) == world.hub.read("me/uploaded", name), name
+        assert world.hub.read("me/pushed", name) == world.hub.read("me/saved", name), name
     config = json.loads(world.hub.read("me/pushed", "config.json"))
     assert config == json.loads(world.hub.read("me/uploaded", "config.json"))
     assert config["auto_map"]["AutoModel"] == "modeling_urform.UrformModel"
