@@ -70,7 +70,7 @@ for snippet in snippets:
 
 def verify_bundle(
     directory: str | os.PathLike[str],
-    repo_id: str = "local/bundle",
+    repo_id: str | None = None,
     scratch: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
@@ -78,7 +78,7 @@ def verify_bundle(
 
     Args:
         directory: the bundle, or a checkpoint without code (then only the installed Urform is tried).
-        repo_id: the name under which it will be published; the card's snippets load it by that name.
+        repo_id: the name under which it will be published; None takes the one that the card's snippets load.
         scratch: an empty folder for the processes; None makes one and removes it.
         say: called with a line for each thing that was found right.
 
@@ -94,6 +94,9 @@ def verify_bundle(
 
     bundle, home = Path(directory).resolve(), Path(scratch)
     config = read_json(bundle / "config.json")
+    if repo_id is None:
+        named = re.search(r'from_pretrained\("([^"]+)"', "".join(card_snippets(bundle)))
+        repo_id = named[1] if named else "local/bundle"
     cache_as_downloaded(bundle, repo_id, home / "hub")
     packages = link_packages(home / "packages")
     has_code = (bundle / "modeling_urform.py").is_file()
