@@ -194,7 +194,8 @@ def encoders(size: Size, masked_lm: bool) -> Models:
 def t5(size: Size) -> Models:
     ours = UrformConfig.from_preset(
         "t5-small", vocab_size=size.vocabulary, hidden_size=size.hidden, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, intermediate_size=4 * size.hidden, logit_scale=size.hidden**-0.5,
+        num_attention_heads=size.heads, head_dim=size.hidden // size.heads, intermediate_size=4 * size.hidden,
+        logit_scale=size.hidden**-0.5,
         decoder_start_token_id=BOS,
     )  # fmt: skip
     theirs = transformers.T5Config(
