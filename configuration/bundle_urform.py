@@ -233,25 +233,30 @@ class BundledCodeMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Save as transformers does, and the code with it if this is published or registered for an Auto class."""
+        publishes = bool(kwargs.get("push_to_hub")) or _publishing.get() or "_is_published" in vars(self)
+        token = _publishing.set(False)  # a model saves its config by itself; that one is not published for itself
+        try:
+            if not (publishes or type(self)._auto_class is not None) or not self._is_ours():
+                return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            return self._save_with_code(save_directory, *args, **kwargs)
+        finally:
+            _publishing.reset(token)
+
+    def _save_with_code(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         save = super().save_pretrained  # type: ignore[misc]
-        pushes = bool(kwargs.get("push_to_hub"))
-        wanted = type(self)._auto_class is not None or _publishing.get() or "_is_published" in vars(self)
-        if not (wanted or pushes) or not self._is_ours() or os.path.isfile(save_directory):
-            return save(save_directory, *args, **kwargs)
         config: Any = self if hasattr(self, "to_json_file") else getattr(self, "config", None)
         if IS_FLAT_COPY:
             if config is not None and type(self)._auto_class is not None:
                 config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map(config.architecture)}
             return save(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
+        if os.path.isfile(save_directory):
+            return save(save_directory, *args, **kwargs)  # says what is wrong
+        writes = kwargs.get("is_main_process", True)
+        if writes:
             write_code(save_directory)
-        token = _publishing.set(False)  # the config, which a model saves by itself, is written without code of its own
-        try:
-            with self._code_is_saved(config):
-                saved = save(save_directory, *args, **kwargs)
-        finally:
-            _publishing.reset(token)
-        if not pushes and kwargs.get("is_main_process", True):
+        with self._code_is_saved(config):
+            saved = save(save_directory, *args, **kwargs)
+        if writes and not kwargs.get("push_to_hub"):  # else `_upload_modified_files` has stamped it
             write_stamp(save_directory, package_version())
         return saved
 
@@ -288,9 +293,13 @@ class BundledCodeMixin:
         if config is None:
             own["_auto_map"] = {"AutoTokenizer": [f"tokenization_urform.{type(self).__name__}", None]}
         else:
-            stamped = {"auto_map": auto_map(config.architecture), CONFIG_KEY: config_stamp(package_version())}
+            heads = auto_map(config.architecture)
             if config is not self:
                 own["is_remote_code"] = lambda: False
+            else:  # it may be saved by a model that is defined elsewhere and has named itself
+                named = (getattr(config, "auto_map", None) or {}).items()
+                heads |= {auto: name for auto, name in named if not name.startswith(ENTRIES) and "--" not in name}
+            stamped = {"auto_map": heads, CONFIG_KEY: config_stamp(package_version())}
         with _attributes(self, own), _attributes(config, stamped):
             yield
 

@@ -53,7 +53,8 @@ class PublishCallback(TrainerCallback):
     ) -> None:
         """Put the code beside what is about to be uploaded."""
         self._publish(**kwargs)
-        if not state.is_world_process_zero or not isinstance(kwargs.get("model"), BundledCodeMixin):
+        model = kwargs.get("model")
+        if not state.is_world_process_zero or not isinstance(model, BundledCodeMixin) or not model._is_ours():
             return
         write_code(args.output_dir)
         stamp = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", STAMP_NAME)

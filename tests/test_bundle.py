@@ -274,6 +274,10 @@ def test_subclass_elsewhere_is_left_to_transformers(tmp_path: Path, registered, 
     model = mine.Mine(urform.UrformConfig(architecture="encoder", **TINY))
     model.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "mine.py").is_file()
+    token = bundle_urform._publishing.set(True)  # as in push_to_hub
+    model.save_pretrained(tmp_path / "pushed")
+    bundle_urform._publishing.reset(token)
+    assert json.loads((tmp_path / "pushed" / "config.json").read_text())["auto_map"]["AutoModel"] == "mine.Mine"
 
 
 # -------------------------------------------------------------------------------------------------------- hub_upload
