@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def make_card(
         _section("Citation", given.get("citation")),
         MARK,
     ]
-    metadata = _metadata(config, repo_id, record, given)
+    metadata = _metadata(config, repo_id, record, given, getattr(tokenizer, "languages", ()))
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(s for s in sections if s) + "\n")
 
 
@@ -116,7 +116,8 @@ def update_card(folder: Path, repo_id: str, record: TrainingRecord, given: Mappi
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(folder / "README.md")
-    ours = _metadata(read_json(folder / "config.json"), repo_id, record, dict(given or {})).to_dict()
+    languages = getattr(_tokenizer(folder), "languages", ())
+    ours = _metadata(read_json(folder / "config.json"), repo_id, record, dict(given or {}), languages).to_dict()
     named = {*(given or {}), *(dict(given or {}).get("metadata") or {})}
     text = card.text
     merged = {**ours, **card.data.to_dict(), **{key: value for key, value in ours.items() if key in named}}
@@ -145,14 +146,17 @@ def complete_card(folder: Path, repo_id: str) -> None:
 # --------------------------------------------------------------------------------------------------------- metadata
 
 
-def _metadata(config: dict[str, Any], repo_id: str, record: TrainingRecord, given: dict[str, Any]) -> Any:
+def _metadata(
+    config: dict[str, Any], repo_id: str, record: TrainingRecord, given: dict[str, Any], tags_for: Iterable[str]
+) -> Any:
+    """Return the metadata; `tags_for` are the codes of the languages that the tokenizer has tags for."""
     from huggingface_hub import ModelCardData
 
     data = record.recipe.get("data", {})
     task = str(given.get("pipeline_tag") or TASKS.get(auto_class(config), "feature-extraction"))
-    languages = [code for code in (data.get("source_language"), data.get("target_language")) if code]
+    languages = {data.get("source_language"), data.get("target_language"), *tags_for}
     found = {
-        "language": sorted(set(languages)) or None,
+        "language": sorted(c for c in languages if c and re.fullmatch(r"[a-z]{2,3}", c)) or None,
         "base_model": record.recipe.get("model", {}).get("from_pretrained"),
         "datasets": [data["dataset_name"]] if data.get("dataset_name") else None,
         "library_name": "transformers",

@@ -48,7 +48,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = urform.UrformForConditionalGeneration(urform.UrformConfig(architecture="encoder-decoder", **TINY))
     model.save_pretrained(folder)
-    urform.UrformTokenizer.train(["1 2 3 four five"] * 5, vocab_size=300).save_pretrained(folder)
+    tokenizer = urform.UrformTokenizer.train(["1 2 3 four five"] * 5, vocab_size=300, languages=["de", "fi", "zh-Hant"])
+    tokenizer.save_pretrained(folder)
     (folder / "checkpoint-400").mkdir()
     (folder / "checkpoint-400" / "trainer_state.json").write_text(json.dumps(STATE))
     (folder / "training_args.json").write_text(json.dumps(ARGUMENTS))
@@ -74,7 +75,7 @@ def test_card_tells_what_the_run_left(trained: Path, tmp_path: Path):
     card = validated(card_of(trained, tmp_path / "b"))
     data = card.data
     assert data.pipeline_tag == "text-generation" and data.library_name == "transformers"
-    assert data.language == ["de", "en"] and {"urform", "encoder-decoder"} <= set(data.tags)
+    assert data.language == ["de", "en", "fi"] and {"urform", "encoder-decoder"} <= set(data.tags)
     assert data.base_model is None  # a folder of the author's is nothing to others
     results = {(r.metric_type, r.dataset_split): r for r in data.eval_results}
     assert {key: r.metric_value for key, r in results.items()} == {

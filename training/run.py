@@ -274,6 +274,7 @@ def train(
         metrics["padding_share"] = round(padding_share(sampler), 4)
     if training.should_save:
         _save_final(loaded, trainer, folder)
+        trainer.save_state()  # the losses, for the model card
         if test:
             metrics["test"] = _test(loaded, folder, test, training.device)
         (folder / RESULTS_FILE).write_text(json.dumps(metrics, indent=1, ensure_ascii=False), encoding="utf-8")
