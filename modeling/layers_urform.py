@@ -50,11 +50,11 @@ class UrformRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        if self.offset:  # Gemma multiplies before it rounds
-            return (wide * (self.weight.to(wide.dtype) + self.offset)).to(hidden.dtype)
-        return wide.to(hidden.dtype) * self.weight
+        if not self.offset:
+            return nn.functional.rms_norm(hidden, self.weight.shape, None, self.eps) * self.weight
+        wide = torch.promote_types(hidden.dtype, torch.float32)  # Gemma multiplies before it rounds
+        weight = self.weight.to(wide) + self.offset
+        return nn.functional.rms_norm(hidden.to(wide), weight.shape, weight, self.eps).to(hidden.dtype)
 
 
 def build_norm(config: UrformConfig) -> nn.Module:

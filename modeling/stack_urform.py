@@ -223,10 +223,17 @@ class UrformStack(UrformPreTrainedModel):
 
         if inputs_embeds is not None:
             embeds = take(inputs_embeds)
-        elif self.embed_tokens._forward_hooks:  # what a hook adds (NEFTune's noise) may depend on the batch's shape
-            embeds = take(self.embed_tokens(input_ids))
         else:
-            embeds = self.embed_tokens(take(input_ids))
+            # What a hook adds (NEFTune's noise) may depend on the batch's shape.
+            hooked = bool(self.embed_tokens._forward_hooks)
+            try:
+                embeds = take(self.embed_tokens(input_ids)) if hooked else self.embed_tokens(take(input_ids))
+            except IndexError as error:
+                low, high = (int(x) for x in input_ids.aminmax())
+                raise ValueError(
+                    f"input_ids holds {low if low < 0 else high}, outside 0..{self.embed_tokens.num_embeddings - 1}; "
+                    "the tokenizer is larger than vocab_size: call model.resize_token_embeddings(len(tokenizer))"
+                ) from error
         if self.embed_token_types is not None:
             if token_type_ids is None:
                 types = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -240,13 +247,6 @@ class UrformStack(UrformPreTrainedModel):
             raise ValueError(f"input_ids must be int64 or int32 token ids, got {input_ids.dtype}; call .long() on ids")
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids must be [batch, length] with at least one token, got {list(input_ids.shape)}")
-        if input_ids.device.type == "cpu" and not is_tracing(input_ids):  # on a GPU this would wait for the device
-            low, high = (int(x) for x in input_ids.aminmax())
-            if low < 0 or high >= self.embed_tokens.num_embeddings:
-                raise ValueError(
-                    f"input_ids holds {low if low < 0 else high}, outside 0..{self.embed_tokens.num_embeddings - 1}; "
-                    "the tokenizer is larger than vocab_size: call model.resize_token_embeddings(len(tokenizer))"
-                )
 
     def _waves(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The sinusoids of positions `[B, L]`; on a CPU those of each position are computed once."""
@@ -268,15 +268,15 @@ class UrformStack(UrformPreTrainedModel):
             return embeds + self._waves(position_ids, embeds.dtype)
         if self.embed_positions is None:
             return embeds
-        if position_ids.device.type == "cpu" and not is_tracing(position_ids):
-            last = int(position_ids.max())
-            if last >= config.max_position_embeddings:
-                raise ValueError(
-                    f"position {last} is beyond the learned table of max_position_embeddings="
-                    f"{config.max_position_embeddings}; truncate the input (tokenizer: truncation=True, max_length="
-                    f"{config.max_position_embeddings}) or configure a longer table"
-                )
-        return embeds + self.embed_positions(position_ids + config.position_offset)
+        try:
+            return embeds + self.embed_positions(position_ids + config.position_offset)
+        except IndexError as error:
+            first, last = (int(x) for x in position_ids.aminmax())
+            raise ValueError(
+                f"position {first if first < 0 else last} is beyond the learned table of max_position_embeddings="
+                f"{config.max_position_embeddings}; truncate the input (tokenizer: truncation=True, max_length="
+                f"{config.max_position_embeddings}) or configure a longer table"
+            ) from error
 
     def _masks(
         self, embeds: Tensor, attention_mask: Any, cache: Cache | None, documents: Tensor | None
@@ -436,7 +436,10 @@ class UrformStack(UrformPreTrainedModel):
             layouts = {"q_layout": Layout.full(batch, length, embeds.device)}
             layouts["kv_layout"] = Layout.full(batch, keys, embeds.device)
         else:
-            layouts = {"q_layout": Layout.padded(mask[:, -length:], finite=True)}
+            if length == 1:  # it stands at the end of its row; if it is padding, its states are dropped in the end
+                layouts = {"q_layout": Layout.full(batch, 1, embeds.device)}
+            else:
+                layouts = {"q_layout": Layout.padded(mask[:, -length:], finite=True)}
             layouts["kv_layout"] = Layout.padded(mask, finite=True)
         if cross is not None:
             states, source_mask, source_documents = cross
