@@ -16,7 +16,7 @@ rows = [dict(tok("1 2 3", text_target="four")) for _ in range(8)]
 arguments = Seq2SeqTrainingArguments(
     "out", push_to_hub=True, hub_model_id={repo!r}, hub_strategy={strategy!r}, hub_token={token!r}, save_steps=1,
     max_steps=2, per_device_train_batch_size=4, report_to="none", use_cpu=True, logging_steps=1, disable_tqdm=True,
-    eval_strategy="steps", eval_steps=1, hub_always_push=True,
+    eval_strategy="steps", eval_steps=1,
 )
 trainer = {trainer}(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:2], processing_class=tok,
                     data_collator=DataCollatorForSeq2Seq(tok, model))
