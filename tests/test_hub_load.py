@@ -205,3 +205,36 @@ except OSError as error:
     output = world.push(code).ok()
     assert "500" in output and TOKEN not in output and "Canary" not in output
     assert json.dumps(sorted(world.hub.paths("me/errors"))) == '[".gitattributes"]'
+
+
+def test_names_that_leave_the_repository_write_nothing_outside(world: SimpleNamespace):
+    """A Hub that lies: a repository with a file whose name climbs out of the cache."""
+    world.push(
+        PUBLISH.format(name="UrformForCausalLM", architecture="decoder", repo="me/climbing")
+        + 'upload_bundle(bundle, "me/climbing")\n'
+    ).ok()
+    repo = world.hub.repos["me/climbing"]
+    files = dict(repo.find("main").files)
+    climbing = "/".join([".."] * 9) + str(world.home / "evil.txt")
+    files[climbing] = files["../evil.txt"] = files["config.json"]
+    repo.commit("main", "evil", files, repo.refs["main"])
+    done = world.plugin.run("import urform\nprint(urform.check_bundle('me/climbing').to_text())")
+    assert done.returncode != 0 and "evil.txt" in done.output, done.output  # huggingface_hub refuses the name
+    assert not list(world.home.rglob("evil.txt")) and not (world.home / "evil.txt").exists()
+
+
+def test_what_is_not_there_is_said_in_one_line(world: SimpleNamespace, canary: tuple[str, str]):
+    code = """
+from typer.testing import CliRunner
+from urform.cli.main import app
+make().save_pretrained("ck")
+for arguments in (["doctor", "bundle", "me/none"], ["doctor", "bundle", "me/canary", "--revision", "none"],
+                  ["push", "none", "--repo-id", "me/new", "--quiet"]):
+    done = CliRunner().invoke(app, arguments)
+    print(json.dumps([done.exit_code, done.stderr]))
+"""
+    lines = [json.loads(line) for line in world.push(code).ok().splitlines() if line.startswith("[")]
+    assert [status for status, _ in lines] == [1, 1, 2]
+    for (_, message), says in zip(lines, ["404", "404", "has no config.json"], strict=True):
+        assert message.startswith("urform: ") and message.count("\n") == 1 and says in message, message
+    assert "me/new" not in world.hub.repos
