@@ -314,3 +314,18 @@ def test_records_are_read_without_unpickling(tmp_path: Path):
     assert training_record.read_record(tmp_path).steps == 10
     assert training_record.read_record(tmp_path / "checkpoint-9").steps == 9
     assert training_record.read_record(tmp_path / "none").steps is None
+
+
+def test_an_average_of_published_checkpoints_has_a_stamp_of_its_own(saved: Path, tmp_path: Path):
+    from urform.configuration.bundle_urform import publish_with
+    from urform.training.averaging import average_checkpoints
+
+    model = urform.UrformForConditionalGeneration.from_pretrained(saved)
+    publish_with(model)
+    for number in (1, 2):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(number)
+        model.save_pretrained(tmp_path / f"{number}")
+        assert check_bundle(tmp_path / f"{number}").ok
+    report = check_bundle(average_checkpoints([tmp_path / "1", tmp_path / "2"], tmp_path / "average"))
+    assert report.ok and not report.notes, report.to_text()

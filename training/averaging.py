@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..configuration.bundle_stamp import STAMP_NAME, read_stamp, write_stamp
 from .trainer import complete_checkpoints
 
 __all__ = ["average_checkpoints", "last_checkpoints"]
 
 # Files of a checkpoint that belong to the model; optimizer, scheduler and random states do not outlive an average.
 _MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
-_NOT_MODEL = {"trainer_state.json", "checkpoint_manifest.json", SAFE_WEIGHTS_INDEX_NAME}
+_NOT_MODEL = {"trainer_state.json", "checkpoint_manifest.json", SAFE_WEIGHTS_INDEX_NAME, STAMP_NAME}
 
 
 def last_checkpoints(output_dir: str | Path, count: int) -> list[Path]:
@@ -119,6 +120,8 @@ def average_checkpoints(checkpoints: Sequence[str | Path], output_dir: str | Pat
         index = paths[-1] / SAFE_WEIGHTS_INDEX_NAME
         if index.is_file():
             shutil.copy2(index, staging / index.name)
+        if (stamp := read_stamp(paths[-1])) is not None:  # of a run that is pushed: other weights, another stamp
+            write_stamp(staging, stamp["urform"])
         if output.is_dir():
             shutil.rmtree(output)
         staging.rename(output)
