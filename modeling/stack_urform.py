@@ -410,9 +410,10 @@ class UrformStack(UrformPreTrainedModel):
             hidden_states = self.norm(hidden_states)
         if packing is not None:
             return packing.unpack(hidden_states)
-        if mask is not None and mask.shape[1] >= given.shape[1] and takes_layouts(self.config):
-            real = mask[:, -given.shape[1] :, None].to(hidden_states.device) != 0
-            return hidden_states.masked_fill(~real, 0.0)  # as on the packed path
+        if cache is None and mask is not None and mask.shape == given.shape[:2] and takes_layouts(self.config):
+            return hidden_states.masked_fill(
+                mask[..., None].to(hidden_states.device) == 0, 0.0
+            )  # as where it is packed
         return hidden_states
 
     def _cached_layouts(
@@ -432,14 +433,15 @@ class UrformStack(UrformPreTrainedModel):
         (batch, length), keys = embeds.shape[:2], cache.get_seq_length() + embeds.shape[1]
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, keys)):
             return None
-        if mask is None:
+        if mask is None or length == 1:  # a single query stands at the end of its row
             layouts = {"q_layout": Layout.full(batch, length, embeds.device)}
+        elif bool((mask[:, -1] == 0).any()):  # padding on the right, from which generation would go on
+            return None
+        else:
+            layouts = {"q_layout": Layout.padded(mask[:, -length:], finite=True)}
+        if mask is None:
             layouts["kv_layout"] = Layout.full(batch, keys, embeds.device)
         else:
-            if length == 1:  # it stands at the end of its row; if it is padding, its states are dropped in the end
-                layouts = {"q_layout": Layout.full(batch, 1, embeds.device)}
-            else:
-                layouts = {"q_layout": Layout.padded(mask[:, -length:], finite=True)}
             layouts["kv_layout"] = Layout.padded(mask, finite=True)
         if cross is not None:
             states, source_mask, source_documents = cross
