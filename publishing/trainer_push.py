@@ -5,7 +5,8 @@ puts among Trainer's default callbacks, tells model and tokenizer that their sav
 checkpoint copies weights and configs out of the checkpoint's folder, which has the code and the stamp already, but not
 these; the callback does. It does nothing where nothing is pushed and with other models.
 
-It also keeps `TrainingArguments.hub_token` out of `training_args.bin`, which Trainer pickles and pushes.
+It also keeps `TrainingArguments.hub_token` out of `training_args.bin`, which Trainer pickles and pushes, and
+`config.use_cache` as it was: Trainer turns it off, and would save that.
 """
 
 from __future__ import annotations
@@ -38,23 +39,37 @@ class SecretToken(str):
         return self
 
 
+def _is_ours(model: Any) -> bool:
+    return isinstance(model, BundledCodeMixin) and model._is_ours()
+
+
 class PublishCallback(TrainerCallback):
     """See the module's text."""
 
+    _use_cache: bool | None = None
+
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hide the token; have everything saved with its code if it is going to be pushed."""
+        if _is_ours(kwargs.get("model")):
+            self._use_cache = kwargs["model"].config.use_cache
         if args.hub_token:
             args.hub_token = SecretToken(args.hub_token)
         if args.push_to_hub:
             self._publish(**kwargs)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the config back what Trainer has turned off: with labels our models make no cache."""
+        if self._use_cache is not None and _is_ours(kwargs.get("model")):
+            kwargs["model"].config.use_cache = self._use_cache or args.use_cache
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the code beside what is about to be uploaded."""
         self._publish(**kwargs)
-        model = kwargs.get("model")
-        if not state.is_world_process_zero or not isinstance(model, BundledCodeMixin) or not model._is_ours():
+        if not state.is_world_process_zero or not _is_ours(kwargs.get("model")):
             return
         write_code(args.output_dir)
         stamp = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", STAMP_NAME)

@@ -60,8 +60,8 @@ def test_trainer_pushes_what_loads_without_urform(world: SimpleNamespace, traine
     home, out = last_line(world.bare.run(code).ok())
     assert home == "transformers_modules"
     assert out == pytest.approx(expected, abs=1e-6)  # in memory the weights are aligned otherwise
+    assert config.get("use_cache", True)
     if trainer == "UrformTrainer":
-        assert config.get("use_cache", True)
         card = world.hub.read(repo, "README.md").decode()
         assert "floating-point operations" in card and "| loss |" in card and "| learning_rate | `5e-05` |" in card
         assert "last-checkpoint/trainer_state.json" in paths

@@ -287,7 +287,7 @@ def test_wheel_holds_one_package_and_no_tests_or_data(wheel_names: list[str]):
     tops = {name.split("/")[0] for name in wheel_names}
     assert tops == {"urform", f"urform-{urform.__version__}.dist-info"}
     folders = {name.split("/")[1] for name in wheel_names if name.startswith("urform/") and name.count("/") > 1}
-    allowed = {"configuration", "modeling", "tokenization", "training", "conversion", "diagnostics", "publishing", "cli"}
+    allowed = {*"configuration modeling tokenization training conversion diagnostics publishing cli".split()}
     assert folders <= allowed, folders - allowed
     suffixes = {Path(name).suffix for name in wheel_names if name.startswith("urform/")}
     assert suffixes <= {".py", ".yaml", ".typed"}, suffixes
