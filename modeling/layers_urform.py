@@ -194,7 +194,7 @@ def eager_attention_forward(
     """Plain attention under transformers' interface; the one that returns weights.
 
     Args:
-        module: the attention module; read for `num_key_value_groups` and `training`.
+        module: the attention module; read for `training`.
         query: `[B, H, L, D]`.
         key: `[B, G, S, D]`.
         value: `[B, G, S, D]`.
@@ -208,9 +208,10 @@ def eager_attention_forward(
     Returns:
         The output `[B, L, H, D]` and the attention weights `[B, H, L, S]`.
     """
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
+    batch, heads, length, _ = query.shape
+    groups = key.shape[1]  # the heads of a group stand one behind the other: rows of one product
+    grouped = query.reshape(batch, groups, -1, query.shape[-1])
+    scores = (grouped @ key.transpose(2, 3) * scaling).view(batch, heads, length, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if position_bias is not None:
@@ -224,7 +225,8 @@ def eager_attention_forward(
         forbidden = attention_mask <= torch.finfo(attention_mask.dtype).min
         weights = torch.softmax(scores + attention_mask, dim=-1).masked_fill(forbidden, 0.0).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    output = (weights.view(batch, groups, -1, weights.shape[-1]) @ value).view(batch, heads, length, -1)
+    return output.transpose(1, 2).contiguous(), weights
 
 
 def cast_once(hidden: Tensor) -> Tensor:
