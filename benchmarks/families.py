@@ -14,14 +14,13 @@ float32 and bfloat16 (autocast in training), and the stock class with its defaul
 side's best counts.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from generate import generation
+from generate import contenders
 from harness import Bench, Contender, arguments
 from torch import nn
 from train_step import own_loss, training
@@ -96,13 +95,13 @@ def train(bench: Bench, name: str, family: str) -> None:
             ids = pad(texts, PAD)
             batches.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
     batches = [{key: x.to(bench.device) for key, x in batch.items()} for batch in batches]
-    contenders = [
+    steps = [
         Contender(side, f"{variant} {precision}".strip(), training(model, batches, own_loss, precision == "bf16"))
         for (side, variant), model in models.items()
         for precision in (("fp32", "bf16") if bench.device == "cpu" else ("bf16",))
     ]
     real = [real_tokens(batch) for batch in batches]
-    bench.compare(name, {"stock": FAMILIES[family][0], "batch": size}, contenders, work=lambda i: real[i])
+    bench.compare(name, {"stock": FAMILIES[family][0], "batch": size}, steps, work=lambda i: real[i])
 
 
 def generate(bench: Bench, name: str, family: str) -> None:
@@ -115,14 +114,9 @@ def generate(bench: Bench, name: str, family: str) -> None:
         order = torch.sort(input_ids != PAD, stable=True).indices
         input_ids, given = input_ids.gather(1, order), input_ids.shape[1]
     inputs = {"input_ids": input_ids.to(bench.device), "attention_mask": (input_ids != PAD).long().to(bench.device)}
-    contenders = []
-    for (side, variant), model in models.items():
-        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            ready = copy.deepcopy(model).eval().to(bench.device, dtype)
-            call = generation(ready, inputs, new_tokens, 1, given)
-            contenders.append(Contender(side, f"{variant} {precision}".strip(), call))
     configuration = {"stock": FAMILIES[family][0], "prompts": size, "new_tokens": new_tokens}
-    bench.compare(name, configuration, contenders, work=lambda i: size * new_tokens)
+    ready = contenders(bench, models, inputs, new_tokens, 1, given)
+    bench.compare(name, configuration, ready, work=lambda i: size * new_tokens)
 
 
 MASKED = ("bert", "roberta", "distilbert", "modernbert")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from harness import Bench, Contender, arguments
 from torch import Tensor, nn
-from workloads import BASE, ENGLISH, PAD, SMALL, Size, pad, random_ids, translators
+from workloads import BASE, ENGLISH, PAD, SMALL, Models, Size, pad, random_ids, translators
 
 
 def generation(
@@ -35,6 +35,18 @@ def generation(
     return call
 
 
+def contenders(
+    bench: Bench, models: Models, inputs: dict[str, Tensor], new_tokens: int, beams: int, given: int = 1
+) -> list[Contender]:
+    """Give each model in float32 and in bfloat16, as copies."""
+    return [
+        Contender(side, f"{variant} {precision}".strip(), generation(ready, inputs, new_tokens, beams, given))
+        for (side, variant), model in models.items()
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        for ready in [copy.deepcopy(model).eval().to(bench.device, dtype)]
+    ]
+
+
 def compare(bench: Bench, name: str, size: Size, beams: int) -> None:
     quick = bench.options.quick
     size, sources, new_tokens = (size.quick(), 3, 4) if quick else (size, 32, bench.options.new_tokens)
@@ -42,17 +54,12 @@ def compare(bench: Bench, name: str, size: Size, beams: int) -> None:
     source = random_ids(ENGLISH.draw(sources, generator), size.vocabulary, generator)
     input_ids = pad(source, PAD).to(bench.device)
     inputs = {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long()}
-    contenders = []
-    for (side, variant), model in translators(size, ("sdpa", "eager")).items():
-        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            ready = copy.deepcopy(model).eval().to(bench.device, dtype)
-            call = generation(ready, inputs, new_tokens, beams)
-            contenders.append(Contender(side, f"{variant} {precision}".strip(), call))
+    ready = contenders(bench, translators(size, ("sdpa", "eager")), inputs, new_tokens, beams)
     configuration = {
         "layers": size.layers, "hidden": size.hidden, "heads": size.heads, "vocabulary": size.vocabulary,
         "sources": sources, "longest": input_ids.shape[1], "beams": beams, "new_tokens": new_tokens,
     }  # fmt: skip
-    bench.compare(name, configuration, contenders, work=lambda i: sources * new_tokens)
+    bench.compare(name, configuration, ready, work=lambda i: sources * new_tokens)
 
 
 CASES: dict[str, Callable[[Bench, str], None]] = {
