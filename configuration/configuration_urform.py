@@ -150,7 +150,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     """
 
     model_type = "urform"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"d_model": "hidden_size"}
     # Relative to a stack, which keeps what matches its modules; transformers adds the prefix.
     base_model_tp_plan: ClassVar[dict[str, str]] = {

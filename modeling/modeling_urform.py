@@ -33,6 +33,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from ..configuration.configuration_urform import UrformConfig
+from .caches_urform import CACHE, cache_field, cache_of, given_cache
 from .kernels.loss_linear_cross_entropy import linear_cross_entropy
 from .layers_urform import UrformClassifier, UrformTransform, keep_logits, pool, real_tokens
 from .packing_urform import find_documents
@@ -129,6 +130,7 @@ class UrformModel(UrformPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqModelOutput | BaseModelOutput | BaseModelOutputWithPastAndCrossAttentions:
         """Run the Transformer; arguments that begin with `decoder_` are for an encoder-decoder.
@@ -143,10 +145,12 @@ class UrformModel(UrformPreTrainedModel):
             decoder_position_ids: The same for the target.
             token_type_ids: `[B, S]`, for configs with `type_vocab_size`.
             encoder_outputs: The encoder's output, to run the decoder alone.
-            past_key_values: A cache; an `EncoderDecoderCache` for an encoder-decoder.
+            past_key_values: A cache; an `EncoderDecoderCache` for an encoder-decoder. `cache` is its name from
+                transformers 5.24 on; both are served.
             inputs_embeds: `[B, S, E]` instead of `input_ids`.
             decoder_inputs_embeds: `[B, L, E]` instead of `decoder_input_ids`.
             use_cache: Whether to fill and return a cache. None: as configured.
+            cache: See `past_key_values`.
             **kwargs: `output_hidden_states`, `output_attentions`; `cu_seq_lens_q`, `cu_seq_lens_k` (int `[documents +
                 1]`), `max_length_q`, `max_length_k` for one packed row (an encoder-decoder's targets are q, its
                 sources k).
@@ -168,7 +172,7 @@ class UrformModel(UrformPreTrainedModel):
             "position_ids": decoder_position_ids,
             "inputs_embeds": decoder_inputs_embeds,
         }
-        caching = {"past_key_values": past_key_values, "use_cache": use_cache}
+        caching = {"past_key_values": given_cache(past_key_values, cache), "use_cache": use_cache}
         if config.is_encoder_decoder:
             source["token_type_ids"] = token_type_ids
             return self._encode_decode(source, {**target, **caching}, encoder_outputs, **kwargs)
@@ -214,7 +218,7 @@ class UrformModel(UrformPreTrainedModel):
         )
         return Seq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **cache_field(cache_of(outputs)),
             decoder_hidden_states=outputs.hidden_states,
             decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -398,9 +402,9 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """As the library's, but the cross-attention's cache slides in no layer."""
-        given = model_kwargs.get("past_key_values") is not None
+        given = model_kwargs.get(CACHE) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if given or "sliding_attention" not in self.config.decoder_layer_types or cache is None:
             return
         if isinstance(cache.cross_attention_cache, StaticCache):
@@ -427,6 +431,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         """See `UrformModel.forward`; `position_ids` are the source's here and go with the other keywords.
@@ -451,7 +456,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             decoder_attention_mask=decoder_attention_mask,
             decoder_position_ids=decoder_position_ids,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            past_key_values=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
@@ -480,6 +485,7 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """See `UrformModel.forward`.
@@ -489,6 +495,7 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
             logits_to_keep: Compute logits of the last so many positions only (0: all), or of those indexed.
             skip_logits: Return a loss without logits; None: in training. See `loss_and_logits` for the loss's options.
         """
+        past_key_values = given_cache(past_key_values, cache)
         if labels is not None and use_cache is None and past_key_values is None:
             use_cache = False
         outputs = self.model(
@@ -510,7 +517,7 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **cache_field(cache_of(outputs)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

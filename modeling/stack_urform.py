@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..configuration.bundle_urform import BundledCodeMixin
 from ..configuration.configuration_urform import UrformConfig
 from .attention_interface import register_attention
+from .caches_urform import CACHE, cache_field, given_cache
 from .kernels.attention_layouts import Layout
 from .kernels.dropout_bits import dropout
 from .layers_urform import (
@@ -74,7 +75,7 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
     input_modalities = ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["UrformLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -290,8 +291,8 @@ class UrformStack(UrformPreTrainedModel):
                 config=self.config,
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
-                past_key_values=cache,
                 and_mask_function=own,
+                **{CACHE: cache},
             )
             for kind in set(self.layer_types)
         }
@@ -544,11 +545,13 @@ class UrformDecoder(UrformStack):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """See `UrformModel.forward`; `encoder_documents` `[B, S]` numbers the documents of packed sources."""
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states is None; the decoder of an encoder-decoder needs them")
+        past_key_values = given_cache(past_key_values, cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
             if self.config.is_encoder_decoder:  # the cross-attention's cache slides for no layer
@@ -569,5 +572,5 @@ class UrformDecoder(UrformStack):
             input_ids, inputs_embeds, attention_mask, position_ids, cache=cache, cross=cross, **kwargs
         )
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+            last_hidden_state=hidden_states, **cache_field(past_key_values if use_cache else None)
         )
