@@ -100,6 +100,8 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
             (Marian), or as in `"tensor2tensor"` and fairseq: halves, the slowest wave at exactly 1/10000 (M2M-100).
         rope_parameters: As in transformers: `rope_type`, `rope_theta`, `partial_rotary_factor`, scaling; or one such
             dict per layer type (Gemma 3).
+        rope_length: Which length the frequencies of "dynamic" and "longrope" scaling follow: each `"sequence"`'s
+            own, so that no row depends on its neighbours, or the `"batch"`'s longest (transformers' own classes).
         relative_attention_num_buckets, relative_attention_max_distance: T5's buckets.
         attention_bias: Bias in the query, key, value and output projections.
         attention_out_bias: Bias in the output projection, where it differs (Qwen 2). None: as `attention_bias`.
@@ -197,6 +199,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     position_counting: Literal["mask", "columns", "tokens"] = "mask"
     sinusoidal_layout: Literal["interleaved", "halves", "tensor2tensor"] = "interleaved"
     rope_parameters: dict | None = None
+    rope_length: Literal["sequence", "batch"] = "sequence"
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
 

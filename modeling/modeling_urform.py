@@ -36,7 +36,7 @@ from ..configuration.configuration_urform import UrformConfig
 from .caches_urform import CACHE, cache_field, cache_of, given_cache
 from .kernels.loss_linear_cross_entropy import linear_cross_entropy
 from .layers_urform import UrformClassifier, UrformTransform, keep_logits, pool, real_tokens
-from .packing_urform import find_documents
+from .packing_urform import find_documents, follows_its_own
 from .stack_urform import UrformDecoder, UrformEncoder, UrformPreTrainedModel
 
 
@@ -341,7 +341,9 @@ class UrformLanguageModel(UrformPreTrainedModel):
             logits = None if skip_logits else self.project(hidden, logits_to_keep)
             return self._fused_loss(hidden, labels, shift, label_smoothing, z_loss, **kwargs), logits
         logits = self.project(hidden, logits_to_keep)
-        return self.loss_function(logits, labels, self.config.vocab_size, **kwargs), logits
+        loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        labelled = (kwargs.get("shift_labels", labels) != kwargs.get("ignore_index", -100)).any()
+        return torch.where(labelled.to(loss.device), loss, torch.zeros_like(loss)), logits  # a mean over nothing is 0
 
     def skips_logits(self, asked: bool | None) -> bool:
         """Whether a loss comes without logits: as `asked`, else in training."""
@@ -449,6 +451,10 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
                 decoder_attention_mask = real_targets(labels, given, seen=not skip_logits)
             if not given:
                 decoder_input_ids = decoder_inputs(self.config, labels, decoder_attention_mask)
+            past = given_cache(past_key_values, cache)
+            if past is not None and decoder_attention_mask is not None:  # a trained prefix (PEFT) is real
+                missing = past.get_seq_length() + labels.shape[1] - decoder_attention_mask.shape[1]
+                decoder_attention_mask = nn.functional.pad(decoder_attention_mask, (max(missing, 0), 0), value=1)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -507,10 +513,12 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
             use_cache=use_cache,
             **_without_loss(kwargs),
         )
-        if labels is not None and attention_mask is not None and attention_mask.ndim == 2:
-            # Padding on the left predicts nothing: a row's loss is what it is without padding.
-            before = nn.functional.pad(attention_mask[:, -labels.shape[1] :], (1, 0), value=1)[:, :-1]
-            labels = labels.masked_fill(before.to(labels.device) == 0, -100)
+        if labels is not None:
+            mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+            length, starts = labels.shape[1], kwargs.get("cu_seq_lens_q")
+            documents = find_documents(length, None if past_key_values is not None else position_ids, mask, starts)
+            follows = follows_its_own(length, mask, documents, labels.device)
+            labels = labels if follows is None else labels.masked_fill(~follows, -100)
         loss, logits = self.loss_and_logits(
             outputs.last_hidden_state, labels, logits_to_keep, skip_logits, shift=True, **_of_loss(kwargs)
         )
@@ -588,6 +596,9 @@ class UrformForSequenceClassification(UrformPreTrainedModel):
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput | Seq2SeqSequenceClassifierOutput:
         """See `UrformModel.forward`; `labels` `[B]` are classes or numbers, `[B, num_labels]` several of them."""
@@ -598,6 +609,9 @@ class UrformForSequenceClassification(UrformPreTrainedModel):
             decoder_attention_mask=decoder_attention_mask,
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            decoder_position_ids=decoder_position_ids,
             use_cache=False if labels is not None else use_cache,
             **_without_loss(kwargs),
         )
@@ -635,10 +649,20 @@ class UrformForTokenClassification(UrformPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """See `UrformModel.forward`; `labels` `[B, S]` are -100 where there is no loss."""
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **_without_loss(kwargs))
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **_without_loss(kwargs),
+        )
         logits = self.classifier(outputs.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
         return TokenClassifierOutput(
@@ -668,6 +692,11 @@ class UrformForQuestionAnswering(UrformPreTrainedModel):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         use_cache: bool | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput | Seq2SeqQuestionAnsweringModelOutput:
         """See `UrformModel.forward`; positions `[B]` outside the text carry no loss."""
@@ -676,6 +705,11 @@ class UrformForQuestionAnswering(UrformPreTrainedModel):
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            decoder_position_ids=decoder_position_ids,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=False if start_positions is not None else use_cache,
             **_without_loss(kwargs),
         )

@@ -7,6 +7,7 @@ documents never see each other, source and target have masks of their own.
 Shapes: B batch, L length, S source length, E hidden.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -48,15 +50,18 @@ from .packing_urform import (
     DefaultAttention,
     Packing,
     check_pairs,
+    check_starts,
     find_documents,
     find_packing,
     find_positions,
     refuse_unpaired,
     same_document,
+    sequence_lengths,
     source_layout,
     takes_layouts,
 )
 
+logger = logging.get_logger(__name__)
 register_attention()  # remote code never runs the package's __init__
 
 _MASKS: dict[tuple[str, bool], Callable] = {
@@ -243,6 +248,15 @@ class UrformStack(UrformPreTrainedModel):
             embeds = embeds + self.embed_token_types(types)
         return embeds
 
+    def _check_past(self, mask: Tensor | None, past: int | Tensor, length: int) -> None:
+        """Refuse a 2D mask that does not cover what the cache holds: which keys it means would be a guess."""
+        if mask is not None and isinstance(past, int) and past > 0 and mask.shape[1] < past + length:
+            name = "decoder_attention_mask" if self.is_decoder and self.config.is_encoder_decoder else "attention_mask"
+            raise ValueError(
+                f"{name} covers {mask.shape[1]} tokens, but the cache holds {past} and {length} more come; give a mask "
+                f"of {past + length}, or none"
+            )
+
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be int64 or int32 token ids, got {input_ids.dtype}; call .long() on ids")
@@ -279,8 +293,16 @@ class UrformStack(UrformPreTrainedModel):
                 f"{config.max_position_embeddings}) or configure a longer table"
             ) from error
 
+    def _rope_lengths(self, position_ids: Tensor, documents: Tensor | None) -> Tensor | None:
+        """The lengths `[B, L]` on which rotary frequencies depend, where there are such."""
+        if self.rotary_emb is None or not any(module.depends_on_length for module in self.rotary_emb.values()):
+            return None
+        if self.config.rope_length == "batch":
+            return (position_ids.amax() + 1).expand_as(position_ids)
+        return sequence_lengths(position_ids, documents)
+
     def _masks(
-        self, embeds: Tensor, attention_mask: Any, cache: Cache | None, documents: Tensor | None
+        self, config: UrformConfig, embeds: Tensor, attention_mask: Any, cache: Cache | None, documents: Tensor | None
     ) -> dict[str, Any]:
         """One mask per layer type, in the form that the attention implementation wants."""
         if isinstance(attention_mask, dict):
@@ -288,7 +310,7 @@ class UrformStack(UrformPreTrainedModel):
         own = None if documents is None else same_document(documents, documents)
         return {
             kind: _MASKS[kind, self.is_decoder](
-                config=self.config,
+                config=config,
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
                 and_mask_function=own,
@@ -318,6 +340,17 @@ class UrformStack(UrformPreTrainedModel):
         wanted = (kwargs.get(flag, getattr(self.config, flag, None)) for flag in flags)
         return any(want is not None and want is not False for want in wanted)
 
+    def _implementation(self, kwargs: dict[str, Any]) -> str:
+        """The attention implementation of this call: eager where weights are asked for and it alone returns them."""
+        named = str(self.config._attn_implementation)
+        if not self._records(kwargs, "attentions", "cross_attentions") or named == "eager":
+            return named
+        if not takes_layouts(self.config) and named != "sdpa":
+            logger.warning_once(f"attn_implementation={named!r} returns no attention weights; set 'eager' to see them")
+            return named
+        logger.warning_once("output_attentions=True: this call uses eager attention, which alone returns weights")
+        return "eager"
+
     def _packing(
         self, given: Tensor, attention_mask: Any, cache: Cache | None, documents: Tensor | None, **kwargs: Any
     ) -> Packing | None:
@@ -329,7 +362,8 @@ class UrformStack(UrformPreTrainedModel):
         mask, packed = attention_mask, kwargs.get("cu_seq_lens_q")
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != given.shape[:2] or packed is not None):
             return None
-        return find_packing(tuple(given.shape[:2]), mask, documents, packed, given.device)
+        packing = find_packing(tuple(given.shape[:2]), mask, documents, packed, given.device)
+        return None if packing.is_empty else packing
 
     def _run(
         self,
@@ -348,8 +382,9 @@ class UrformStack(UrformPreTrainedModel):
         mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         past = cache.get_seq_length() if cache is not None else 0
         packed = kwargs.get("cu_seq_lens_q")
-        if packed is not None and given.shape[0] != 1:
-            raise ValueError(f"cu_seq_lens describe one packed row, the batch is {given.shape[0]}; pack to batch 1")
+        if packed is not None:
+            check_starts(packed, *given.shape[:2])
+        self._check_past(mask, past, given.shape[1])
         has_past = isinstance(past, Tensor) or past > 0
         documents = find_documents(given.shape[1], None if has_past else position_ids, mask, packed)
         packing = self._packing(given, attention_mask, cache, documents, **kwargs)
@@ -372,7 +407,11 @@ class UrformStack(UrformPreTrainedModel):
         hidden_states = dropout(hidden_states, self.config.hidden_dropout_prob, self.training)
 
         rotary = self.rotary_emb.items() if self.rotary_emb is not None else ()
-        angles = {kind: turns(*module(hidden_states, position_ids)) for kind, module in rotary}
+        lengths = self._rope_lengths(position_ids, documents if packing is None else packing.layout.sequences[None])
+        angles = {
+            kind: turns(*module(hidden_states, position_ids, lengths if module.depends_on_length else None))
+            for kind, module in rotary
+        }
         encoder_hidden_states = None if cross is None else cross[0]
         masks: dict[str, Any] = {}
         biases: dict[str, Any] = {}
@@ -393,9 +432,15 @@ class UrformStack(UrformPreTrainedModel):
             if layouts is not None:
                 kwargs.update(layouts)
             else:
-                masks = self._masks(embeds, attention_mask, cache, documents)
+                implementation = kwargs["implementation"] = self._implementation(kwargs)
+                config = self.config
+                if implementation != config._attn_implementation:
+                    config = copy.copy(config)
+                    config._attn_implementation_internal = implementation
+                masks = self._masks(config, embeds, attention_mask, cache, documents)
                 if cross is not None:
-                    kwargs["encoder_attention_mask"] = self._cross_mask(embeds, cross[0], documents, *cross[1:])
+                    states, cross_mask = cross[0], cross[1:]
+                    kwargs["encoder_attention_mask"] = self._cross_mask(config, embeds, states, documents, *cross_mask)
                 if documents is not None:
                     kwargs["position_ids"] = position_ids  # by these flash attention tells documents apart
         for layer in self.layers:  # what needs gradients goes by position: reentrant checkpointing sees only those
@@ -465,10 +510,11 @@ class UrformStack(UrformPreTrainedModel):
         device = encoder_hidden_states.device
         source = find_packing(tuple(shape), encoder_attention_mask, encoder_documents, None, device)
         check_pairs(packing, source)
-        return source
+        return None if source.is_empty else source
 
     def _cross_mask(
         self,
+        config: UrformConfig,
         embeds: Tensor,
         encoder_hidden_states: Tensor,
         documents: Tensor | None,
@@ -487,7 +533,7 @@ class UrformStack(UrformPreTrainedModel):
                 refuse_unpaired(*ends)
             same = same_document(*sides)
         return create_bidirectional_mask(
-            config=self.config,
+            config=config,
             inputs_embeds=embeds,
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
