@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration.bundle_urform import package_version
+from ..configuration.checkpoint_files import INDEX_NAME, read_json, read_weight_map, refuse_links
 from .card_pictures import ALIGNMENT_NAME, CURVE_NAME, can_draw, draw_alignment, draw_curve
 from .card_snippets import Snippet, auto_class, snippets
-from .checkpoint_checks import has_tokenizer, read_json
+from .checkpoint_checks import has_tokenizer
 from .training_record import TrainingRecord
 
 MARK = "<!-- This card was written by urform; without this line it is yours, and is kept when you publish again. -->"
@@ -86,6 +87,7 @@ def make_card(
     from huggingface_hub import ModelCard
 
     given = dict(given or {})
+    refuse_links(folder)
     import urform
 
     config, full = read_json(folder / "config.json"), urform.UrformConfig.from_pretrained(folder)
@@ -115,6 +117,7 @@ def update_card(folder: Path, repo_id: str, record: TrainingRecord, given: Mappi
     """Return the card that is in `folder`, its text as it is, with the metadata that it lacks or the author gives."""
     from huggingface_hub import ModelCard
 
+    refuse_links(folder)
     card = ModelCard.load(folder / "README.md")
     languages = getattr(_tokenizer(folder), "languages", ())
     ours = _metadata(read_json(folder / "config.json"), repo_id, record, dict(given or {}), languages).to_dict()
@@ -136,6 +139,7 @@ def is_placeholder(card: Path) -> bool:
 def complete_card(folder: Path, repo_id: str) -> None:
     """Replace the card that transformers' `push_to_hub` writes by one about this model; a person's card stays."""
     path = folder / "README.md"
+    refuse_links(folder)
     if path.is_file() and is_placeholder(path) and (folder / "config.json").is_file():
         from huggingface_hub import ModelCard
 
@@ -243,8 +247,8 @@ def _parameters(folder: Path) -> int:
 
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    index = folder / INDEX_NAME
+    shards = sorted(set(read_weight_map(index).values())) if index.is_file() else ["model.safetensors"]
     count = 0
     for shard in shards:
         with safe_open(folder / shard, framework="pt") as file:
