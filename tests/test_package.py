@@ -73,6 +73,15 @@ def test_every_public_name_resolves():
         _ = urform.UrformForNothing
 
 
+def test_hub_upload_is_an_attribute_and_lazy():
+    code = """
+import sys, urform
+assert "hub_upload" in dir(urform) and "urform.hub_upload" not in sys.modules
+print(urform.hub_upload.publish.__module__, urform.hub_upload is sys.modules["urform.hub_upload"])
+"""
+    assert run(code) == "urform.hub_upload True"
+
+
 # ------------------------------------------------------------------------------------------------------ registration
 
 CHECK = """
