@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import hub_upload as hub_upload
     from .configuration.configuration_urform import UrformConfig, list_presets
     from .conversion.convert import from_transformers, to_transformers
     from .conversion.torch_transformer import from_torch_transformer
@@ -93,7 +94,9 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name at its first use."""
+    """Import a public name, or the module `hub_upload`, at its first use."""
+    if name == "hub_upload":
+        return importlib.import_module(f"{__name__}.hub_upload")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
@@ -102,7 +105,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "hub_upload"})
 
 
 # ---------------------------------------------------------------------------------------------------- registration

@@ -21,13 +21,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from ..configuration.checkpoint_files import INDEX_NAME, read_weight_map, refuse_link
 from ..configuration.configuration_urform import UrformConfig
 from .convert import Conversion, assemble, our_class, prepare_from, prepare_to, stock_class
 from .families import FAMILIES
 from .family import Head
 from .tensors import Side, reader, run_step
 
-_INDEX = "model.safetensors.index.json"
 _CARRIED = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _NOT_CARRIED = ("config.json", "*.index.json", "requirements.txt", "generation_config.json", "adapter_config.json")
 _DTYPES = {
@@ -72,14 +72,10 @@ def find_folder(source: str | os.PathLike, **hub: Any) -> Path:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    index = folder / _INDEX
+    index = folder / INDEX_NAME
     if not index.is_file():
         return ["model.safetensors"]
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    strange = [name for name in names if Path(name).name != name]
-    if strange:
-        raise ValueError(f"{index} names {strange}, which are outside of its folder")
-    return names
+    return sorted(set(read_weight_map(index).values()))
 
 
 class Shards(Mapping[str, Tensor]):
@@ -279,7 +275,7 @@ def _write_weights(conversion: Conversion, shards: Shards, folder: Path, back: b
             "metadata": {"total_size": sum(entry.size for entry in entries.values())},
             "weight_map": {e.name: n for n, part in zip(names, files, strict=True) for e in part.values()},
         }
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     tensors = (pair for pair in _made(conversion, shards) if pair[0] in entries)
     for name, part in zip(names, files, strict=True):
         with open(folder / name, "wb") as file:
@@ -305,6 +301,7 @@ def _carry_files(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template, licence; and say which tokenizer it is where only the model type did."""
     for path in sorted(source.iterdir()):
         if path.is_file() and any(path.match(p) for p in _CARRIED) and not any(path.match(p) for p in _NOT_CARRIED):
+            refuse_link(source, path)  # the target may be published
             shutil.copyfile(path, target / path.name)
     path = target / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -421,7 +421,7 @@ def test_an_index_that_points_elsewhere(folder: Path) -> None:
     table = json.loads(index.read_text())
     table["weight_map"]["lm_head.weight"] = "../../secret.safetensors"
     index.write_text(json.dumps(table))
-    refuse(folder, "outside of its folder")
+    refuse(folder, "a shard is a .safetensors file beside the index")
 
 
 # ------------------------------------------------------------------------------------------------- Hub and command line

@@ -6,7 +6,6 @@ ensemble of them and costs nothing at inference; see also Izmailov et al. 2018 (
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration.bundle_stamp import STAMP_NAME, read_stamp, write_stamp
+from ..configuration.checkpoint_files import read_weight_map
 from .trainer import complete_checkpoints
 
 __all__ = ["average_checkpoints", "last_checkpoints"]
@@ -47,8 +47,7 @@ def _weight_files(checkpoint: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: checkpoint / file for name, file in weight_map.items()}
+        return {name: checkpoint / file for name, file in read_weight_map(index).items()}
     single = checkpoint / SAFE_WEIGHTS_NAME
     if not single.is_file():
         raise FileNotFoundError(f"{checkpoint} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
