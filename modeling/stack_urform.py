@@ -55,6 +55,7 @@ from .packing_urform import (
     source_layout,
     takes_layouts,
 )
+from .parallel_urform import refuse_uneven
 
 register_attention()  # remote code never runs the package's __init__
 
@@ -121,6 +122,13 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
             entries = getattr(self, plan) or {}
             kept = {k: v for k, v in entries.items() if names.issuperset((k,) if isinstance(k, str) else k)}
             setattr(self, plan, kept)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the library's; refuses sizes that tensor parallelism cannot split, before weights are loaded."""
+        if distributed_config is not None and distributed_config.tp_size > 1 and distributed_config.tp_plan != {}:
+            refuse_uneven(model.config, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
