@@ -234,14 +234,15 @@ class UrformStack(UrformPreTrainedModel):
         else:
             # What a hook adds (NEFTune's noise) may depend on the batch's shape.
             hooked = bool(self.embed_tokens._forward_hooks)
+            ids = input_ids if hooked else take(input_ids)
+            if hasattr(self.embed_tokens.weight, "placements") and not is_tracing(ids):
+                self._check_vocabulary(ids)  # a lookup in a sharded table gives zeros for what no shard has
             try:
-                embeds = take(self.embed_tokens(input_ids)) if hooked else self.embed_tokens(take(input_ids))
-            except IndexError as error:
-                low, high = (int(x) for x in input_ids.aminmax())
-                raise ValueError(
-                    f"input_ids holds {low if low < 0 else high}, outside 0..{self.embed_tokens.num_embeddings - 1}; "
-                    "the tokenizer is larger than vocab_size: call model.resize_token_embeddings(len(tokenizer))"
-                ) from error
+                embeds = self.embed_tokens(ids)
+            except IndexError:
+                self._check_vocabulary(ids)
+                raise
+            embeds = take(embeds) if hooked else embeds
         if self.embed_token_types is not None:
             if token_type_ids is None:
                 types = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -249,6 +250,15 @@ class UrformStack(UrformPreTrainedModel):
                 types = take(token_type_ids)
             embeds = embeds + self.embed_token_types(types)
         return embeds
+
+    def _check_vocabulary(self, input_ids: Tensor) -> None:
+        rows = self.embed_tokens.num_embeddings
+        low, high = (int(x) for x in input_ids.aminmax()) if input_ids.numel() else (0, 0)
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"input_ids holds {low if low < 0 else high}, outside 0..{rows - 1}; "
+                "the tokenizer is larger than vocab_size: call model.resize_token_embeddings(len(tokenizer))"
+            )
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.dtype not in (torch.int64, torch.int32):

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import urform
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
+
+import urform
 
 logging.set_verbosity_error()
 warnings.simplefilter("ignore")
@@ -54,7 +55,9 @@ def make_ids(seed: int, vocab: int, layout: str) -> tuple[Tensor, dict[str, Tens
         return ids * mask, {"attention_mask": mask}
     if layout == "packed":
         cuts = (5, 3, 7, 9) if seed % 2 else (4, 6, 8, 2)
-        return ids, {"position_ids": torch.stack([torch.cat((torch.arange(c), torch.arange(LENGTH - c))) for c in cuts])}
+        return ids, {
+            "position_ids": torch.stack([torch.cat((torch.arange(c), torch.arange(LENGTH - c))) for c in cuts])
+        }
     return ids, {}
 
 
@@ -118,10 +121,11 @@ def distribute(case: dict[str, Any], folder: str, cls: type) -> Any:
         options["attn_implementation"] = case["attention"]
     if case["mode"] == "fully_shard":
         model = cls.from_pretrained(folder, **options)
+        policy = MixedPrecisionPolicy(getattr(torch, case.get("compute", "float64")), torch.float64)
         for module in list(model.modules()):
             if type(module).__name__ == "UrformLayer":
-                fully_shard(module)
-        fully_shard(model)
+                fully_shard(module, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
         return model
     sizes = {"fsdp": {"fsdp_size": 2}, "tp": {"tp_size": 2}}[case["mode"]]
     return cls.from_pretrained(folder, distributed_config=DistributedConfig(**sizes), **options)
@@ -153,6 +157,9 @@ def run(case: dict[str, Any], rank: int, folder: str) -> dict[str, Any]:
     many = distribute(case, folder, type(one))
     one.train(), many.train()
     checkpoint(case, many)
+    if "input_ids" in case:
+        many(input_ids=torch.tensor(case["input_ids"]))
+        raise RuntimeError("input_ids were accepted")
     if case["mode"] == "tp":
         wanted = step(one, batches, options)
         found = step(many, batches, options)
@@ -190,11 +197,11 @@ def main(cases: str, results: str) -> None:
     dist.init_process_group("gloo")
     rank, found = dist.get_rank(), {}
     for number, case in enumerate(json.loads(Path(cases).read_text(encoding="utf-8"))):
-        faulthandler.dump_traceback_later(25, exit=True)  # a rank that waits for ever says where
+        faulthandler.dump_traceback_later(120, exit=True)  # a rank that waits for ever says where
         try:
             found[case["name"]] = run(case, rank, f"{results}-{number}")
         except Exception as error:
-            traceback.print_exc(); found[case["name"]] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+            found[case["name"]] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         dist.barrier()
         if rank == 0:
             Path(results).write_text(json.dumps(found), encoding="utf-8")

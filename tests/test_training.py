@@ -363,7 +363,7 @@ def test_urforms_heads_smooth_their_loss(tmp_path: Path, head: str, adapter: str
 def test_labels_become_decoder_inputs_before_they_are_taken_away(
     tmp_path: Path, family: str, padding: str, trains: bool
 ) -> None:
-    """A collator without `decoder_input_ids`, and a loss outside the model: it is what the model makes of its labels."""
+    """A collator without `decoder_input_ids`, and a loss outside the model."""
     arguments = Seq2SeqTrainingArguments(str(tmp_path), label_smoothing_factor=0.2, report_to=[], use_cpu=True)
     if family == "urform":
         model: Any = urform.UrformForConditionalGeneration(urform.UrformConfig.from_preset("tiny-encoder-decoder"))
