@@ -78,7 +78,7 @@ if dist.is_available():
 def refuse_uneven(config: PreTrainedConfig, size: int) -> None:
     """Raise ValueError unless a group of `size` processes can share the heads of every stack evenly.
 
-    transformers before 5.20 cannot split the feed-forward layer and the vocabulary unevenly either.
+    transformers 5.17 cannot split the feed-forward layer and the vocabulary unevenly either.
     """
     fields = ["num_attention_heads", "num_key_value_heads"]
     if not hasattr(TensorParallelLayer, "_from_local_last_dim_shard"):

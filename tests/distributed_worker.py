@@ -127,7 +127,7 @@ def distribute(case: dict[str, Any], folder: str, cls: type) -> Any:
                 fully_shard(module, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
         return model
-    sizes = {"fsdp": {"fsdp_size": 2}, "tp": {"tp_size": 2}}[case["mode"]]
+    sizes = {"fsdp": {"fsdp_size": 2}, "tp": {"tp_size": 2}, "2d": {"fsdp_size": 2, "tp_size": 2}}[case["mode"]]
     return cls.from_pretrained(folder, distributed_config=DistributedConfig(**sizes), **options)
 
 
@@ -168,9 +168,10 @@ def run(case: dict[str, Any], rank: int, folder: str) -> dict[str, Any]:
         for parameter in one.parameters():
             if parameter.grad is not None:
                 parameter.grad /= 2
-        mean = torch.tensor(step(many, [half(batch, rank) for batch in batches], options), dtype=torch.float64)
+        part = rank // (dist.get_world_size() // 2)  # with "2d", two processes share a part
+        mean = torch.tensor(step(many, [half(batch, part) for batch in batches], options), dtype=torch.float64)
         dist.all_reduce(mean)
-        found = float(mean) / 2
+        found = float(mean) / dist.get_world_size()
     ours, theirs = gradients(many), gradients(one)
     apart = {name: far(ours.get(name), grad) for name, grad in theirs.items()}
     worst = sorted(apart, key=lambda name: -apart[name])[:3]
@@ -181,6 +182,11 @@ def run(case: dict[str, Any], rank: int, folder: str) -> dict[str, Any]:
         "sharded": sum(isinstance(p, DTensor) for p in many.parameters()),
         "parameters": sum(1 for _ in many.parameters()),
     }
+    if case.get("save"):
+        many.save_pretrained(f"{folder}-saved")
+        dist.barrier()
+        again = type(one).from_pretrained(f"{folder}-saved", dtype=torch.float64).state_dict()
+        result["saves"] = all(torch.equal(again[name], value) for name, value in one.state_dict().items())
     if case.get("generate"):
         one.eval(), many.eval()
         for model in (one, many):

@@ -26,7 +26,7 @@ from urform.modeling.layers_urform import UrformLayer
 from urform.modeling.stack_urform import UrformPreTrainedModel
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-SPLITS_UNEVENLY = hasattr(tensor_parallel.TensorParallelLayer, "_from_local_last_dim_shard")  # transformers 5.20
+SPLITS_UNEVENLY = hasattr(tensor_parallel.TensorParallelLayer, "_from_local_last_dim_shard")  # transformers 5.17 does not
 
 ARCHITECTURES = ("encoder", "decoder", "encoder-decoder")
 POSITIONS = ("rope", "sinusoidal", "learned", "alibi", "t5", "none")
@@ -79,16 +79,16 @@ QUICK = [
     case("fsdp", BERT),
     case("fsdp", GEMMA, generate=True),
     case("fsdp", "encoder-decoder", "sinusoidal", layout="packed"),
-    case("fsdp", "encoder-decoder", "none", attention="sdpa"),
+    case("fsdp", "encoder-decoder", "none", attention="sdpa", save=True),
     case("fsdp", "decoder", "t5", attention="urform", fields={"tie_word_embeddings": False}, options=SMOOTH),
     case("tp", BERT),
-    case("tp", GEMMA, generate=True),
+    case("tp", GEMMA, generate=True, save=True),
     case("tp", "encoder", "t5", fields={"qk_norm": True}, accumulate=2),
     case("tp", "decoder", "alibi", attention="sdpa"),
     case("tp", "decoder", "learned", fields={"tie_word_embeddings": False, "lm_head_bias": True}, options=SMOOTH),
     case("tp", "encoder-decoder", "t5", fields={"qk_norm": True}, layout="packed"),
     case("tp", "encoder-decoder", "alibi", checkpointing="reentrant", generate=True),
-    case("tp", "encoder-decoder", "t5", checkpointing="reentrant", generate=True),
+    case("tp", "encoder-decoder", "t5", checkpointing="reentrant", generate=True, save=True),
     case(
         "tp", "encoder-decoder", "rope", attention="urform", options=SMOOTH,
         fields={"decoder_num_attention_heads": 2, "decoder_head_dim": 8, "decoder_intermediate_size": 40},
@@ -169,6 +169,7 @@ def check(case: dict[str, Any], found: dict[str, Any]) -> None:
     assert found["loss_apart"] < tolerance
     assert max(found["worst"].values()) < tolerance, found["worst"]
     assert found.get("generates", True)
+    assert found.get("saves", True)
 
 
 @pytest.fixture(scope="module")
