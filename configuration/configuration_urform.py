@@ -158,6 +158,8 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         **{f"layers.*.{a}.{p}_proj": "colwise" for a in ("self_attn", "cross_attn") for p in "qkv"},
         **{f"layers.*.{a}.o_proj": "rowwise" for a in ("self_attn", "cross_attn")},
+        **{f"layers.*.{a}.{p}_norm": "urform_heads" for a in ("self_attn", "cross_attn") for p in "qk"},
+        **dict.fromkeys(("position_bias", "position_bias.table"), "urform_heads"),  # see parallel_urform.py
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",

@@ -188,6 +188,7 @@ class UrformPositionBias(nn.Module):
     def __init__(self, config: UrformConfig, is_decoder: bool):
         super().__init__()
         self.num_heads = config.stack_sizes(is_decoder).num_attention_heads
+        self.share = (0, 1)  # which part of the heads, of how many: tensor parallelism splits them
         self.bidirectional = not is_decoder
         self.max_distance = config.relative_attention_max_distance
         self.table = None
@@ -197,9 +198,12 @@ class UrformPositionBias(nn.Module):
 
     def bias(self, device: torch.device) -> ALiBi | T5Bias:
         """The bias as an object, as `attention()` takes it."""
+        rank, parts = self.share
         if self.table is None:
-            return ALiBi(torch.tensor(alibi_slopes(self.num_heads), device=device))
-        return T5Bias(self.table.weight, bidirectional=self.bidirectional, max_distance=self.max_distance)
+            return ALiBi(torch.tensor(alibi_slopes(self.num_heads), device=device).chunk(parts)[rank])
+        table: Any = self.table.weight
+        table = table if parts == 1 else table.to_local()
+        return T5Bias(table, bidirectional=self.bidirectional, max_distance=self.max_distance)
 
     def forward(self, query_positions: Tensor, key_positions: Tensor, dtype: torch.dtype) -> Tensor:
         """Integer positions `[1, L]` and `[1, S]` to the dense bias `[1, H, L, S]`."""

@@ -322,8 +322,7 @@ class UrformLanguageModel(UrformPreTrainedModel):
             kwargs: `num_items_in_batch`, and what a `loss_function` set by the user takes.
 
         Raises:
-            ValueError: Smoothing or z-loss where the loss must go through logits (an adapter or a quantized layer on
-                `lm_head`, a `loss_function` of the user's).
+            ValueError: Smoothing or z-loss beside `logits_to_keep`, `shift_labels` or a `loss_function` of the user's.
         """
         if labels is None:
             return None, self.project(hidden, logits_to_keep)
@@ -331,11 +330,14 @@ class UrformLanguageModel(UrformPreTrainedModel):
         extra = label_smoothing != 0.0 or z_loss != 0.0
         asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or kwargs.get("shift_labels") is not None
         if asked or not self.fuses_loss() or self.lm_head.weight.device != hidden.device:
-            if extra:
+            if extra and (asked or hasattr(self, "_loss_function")):
                 raise ValueError(
-                    f"label_smoothing={label_smoothing} and z_loss={z_loss} need the fused loss, but lm_head is wrapped"
-                    " or hooked, loss_function is set, or logits_to_keep or shift_labels is given; drop one of them"
+                    f"label_smoothing={label_smoothing} and z_loss={z_loss} are for the model's own loss of all "
+                    "positions, but loss_function is set, or logits_to_keep or shift_labels is given; drop one of them"
                 )
+            if extra:  # an adapter or a shard on lm_head: the logits have to be made
+                logits = self.project(hidden)
+                return _loss_of_logits(logits, labels, shift, label_smoothing, z_loss, **kwargs), logits
             skip_logits = False
         elif skip_logits or extra:
             logits = None if skip_logits else self.project(hidden, logits_to_keep)
@@ -385,6 +387,30 @@ class UrformLanguageModel(UrformPreTrainedModel):
             ignore_index=ignore_index,
             num_items=num_items_in_batch,
         )
+
+
+def _loss_of_logits(
+    logits: Tensor,
+    labels: Tensor,
+    shift: bool,
+    label_smoothing: float,
+    z_loss: float,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> Tensor:
+    """What `linear_cross_entropy` computes, of logits `[B, L, V]`; also where no label is kept."""
+    if shift:
+        labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    labels = labels.to(logits.device).flatten()
+    logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    total = nn.functional.cross_entropy(
+        logits, labels, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )
+    kept = labels != ignore_index
+    if z_loss:
+        total = total + z_loss * (logits.logsumexp(-1).square() * kept).sum()
+    return total / (kept.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
@@ -443,10 +469,17 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             logits_to_keep: Compute logits of the last so many positions only (0: all), or of those indexed.
             skip_logits: Return a loss without logits; None: in training. See `loss_and_logits` for the loss's options.
         """
+        given = decoder_input_ids is not None or decoder_inputs_embeds is not None
+        trains = kwargs.get("num_items_in_batch") is not None or (self.training and torch.is_grad_enabled())
+        if labels is None and not given and trains:
+            raise ValueError(
+                "neither labels nor decoder_input_ids came to a training step: Trainer takes the labels away under "
+                "label_smoothing_factor or compute_loss_func; use DataCollatorForSeq2Seq(tokenizer, model=model), "
+                "which makes decoder_input_ids of the labels, or UrformTrainer"
+            )
         if labels is not None:
             use_cache = False
             skip_logits = self.skips_logits(skip_logits)
-            given = decoder_input_ids is not None or decoder_inputs_embeds is not None
             if decoder_attention_mask is None and (skip_logits or not given) and kwargs.get("cu_seq_lens_q") is None:
                 decoder_attention_mask = real_targets(labels, given, seen=not skip_logits)
             if not given:

@@ -60,6 +60,7 @@ from .packing_urform import (
     source_layout,
     takes_layouts,
 )
+from .parallel_urform import refuse_uneven
 
 logger = logging.get_logger(__name__)
 register_attention()  # remote code never runs the package's __init__
@@ -127,6 +128,13 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
             entries = getattr(self, plan) or {}
             kept = {k: v for k, v in entries.items() if names.issuperset((k,) if isinstance(k, str) else k)}
             setattr(self, plan, kept)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the library's; refuses sizes that tensor parallelism cannot split, before weights are loaded."""
+        if distributed_config is not None and distributed_config.tp_size > 1 and distributed_config.tp_plan != {}:
+            refuse_uneven(model.config, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -232,14 +240,15 @@ class UrformStack(UrformPreTrainedModel):
         else:
             # What a hook adds (NEFTune's noise) may depend on the batch's shape.
             hooked = bool(self.embed_tokens._forward_hooks)
+            ids = input_ids if hooked else take(input_ids)
+            if hasattr(self.embed_tokens.weight, "placements") and not is_tracing(ids):
+                self._check_vocabulary(ids)  # a lookup in a sharded table gives zeros for what no shard has
             try:
-                embeds = take(self.embed_tokens(input_ids)) if hooked else self.embed_tokens(take(input_ids))
-            except IndexError as error:
-                low, high = (int(x) for x in input_ids.aminmax())
-                raise ValueError(
-                    f"input_ids holds {low if low < 0 else high}, outside 0..{self.embed_tokens.num_embeddings - 1}; "
-                    "the tokenizer is larger than vocab_size: call model.resize_token_embeddings(len(tokenizer))"
-                ) from error
+                embeds = self.embed_tokens(ids)
+            except IndexError:
+                self._check_vocabulary(ids)
+                raise
+            embeds = take(embeds) if hooked else embeds
         if self.embed_token_types is not None:
             if token_type_ids is None:
                 types = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -255,6 +264,15 @@ class UrformStack(UrformPreTrainedModel):
             raise ValueError(
                 f"{name} covers {mask.shape[1]} tokens, but the cache holds {past} and {length} more come; give a mask "
                 f"of {past + length}, or none"
+            )
+
+    def _check_vocabulary(self, input_ids: Tensor) -> None:
+        rows = self.embed_tokens.num_embeddings
+        low, high = (int(x) for x in input_ids.aminmax()) if input_ids.numel() else (0, 0)
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"input_ids holds {low if low < 0 else high}, outside 0..{rows - 1}; "
+                "the tokenizer is larger than vocab_size: call model.resize_token_embeddings(len(tokenizer))"
             )
 
     def _check_ids(self, input_ids: Tensor) -> None:

@@ -44,7 +44,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..modeling.modeling_urform import UrformLanguageModel, UrformPreTrainedModel
+from ..modeling.modeling_urform import UrformLanguageModel, UrformPreTrainedModel, decoder_inputs, real_targets
 from ..publishing.model_card import is_placeholder, make_card, update_card
 from ..publishing.training_record import record_of, write_arguments
 from .batching import GlobalBatchSampler
@@ -292,7 +292,30 @@ class UrformTrainer(Seq2SeqTrainer):
         """As `Trainer.compute_loss`; a model that smooths its own loss is told to, in training."""
         if self._model_smooths and torch.is_grad_enabled() and "labels" in inputs:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            inputs = self._with_decoder_inputs(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _with_decoder_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Give an encoder-decoder what it makes of its labels, which Trainer takes away before the model sees them."""
+        labels = inputs.get("labels")
+        given = inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None
+        if labels is None or given or not getattr(self.model.config, "is_encoder_decoder", False):
+            return inputs
+        model: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if isinstance(model, UrformLanguageModel):
+            mask = inputs.get("decoder_attention_mask")
+            mask = real_targets(labels, given=False, seen=True) if mask is None else mask
+            made = {"decoder_input_ids": decoder_inputs(model.config, labels, mask), "decoder_attention_mask": mask}
+        elif hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            made = {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
+        else:
+            raise ValueError(
+                f"{type(model).__name__} cannot make decoder_input_ids of its labels, which the loss of "
+                f"label_smoothing_factor={self.args.label_smoothing_factor} or of compute_loss_func needs; let the "
+                "data collator give decoder_input_ids"
+            )
+        return {**inputs, **made}
 
     def get_train_dataloader(self) -> DataLoader:
         """Global batches dealt to the processes by accelerate."""
