@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -154,10 +154,28 @@ def train(
                               ensure_ascii=False, indent=1))  # fmt: skip
 
 
+_LM_EVAL_ONLY = ("include_path", "num_fewshot", "limit")
+_PARALLEL_ONLY = ("source", "target", "source_field", "target_field", "language", "output", "prefix", "num_beams",
+                  "length_penalty", "max_new_tokens")  # fmt: skip
+
+
+def _refuse_options(context: typer.Context, names: Sequence[str], lm_eval: bool) -> None:
+    """Refuse what was given on the command line and would have no effect."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = name.upper() if name in ("source", "target") else "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{option} has no effect {'with' if lm_eval else 'without'} --lm-eval; leave it out"
+                + (" (write --lm-eval once per task)" if option in ("SOURCE", "TARGET") else "")
+            )
+
+
 @app.command()
 def evaluate(
+    context: typer.Context,
     model_dir: ModelDir,
-    source: Annotated[Path, typer.Argument(help="Source text, or one .tsv/.jsonl file with both sides.")],
+    source: Annotated[Path | None, typer.Argument(help="Source text, or one .tsv/.jsonl file with both sides.")] = None,
     target: Annotated[Path | None, typer.Argument(help="References, line by line.")] = None,
     source_field: Annotated[str, typer.Option(help="Column or field of the source.")] = "0",
     target_field: Annotated[str, typer.Option(help="Column or field of the reference.")] = "1",
@@ -168,12 +186,38 @@ def evaluate(
     length_penalty: LengthPenalty = 1.0,
     batch_size: BatchSize = 64,
     max_new_tokens: MaxNewTokens = None,
+    lm_eval: Annotated[
+        list[str] | None, typer.Option("--lm-eval", metavar="TASK", help="Task of lm-eval; may be repeated.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval tasks of your own.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in front of each lm-eval question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each lm-eval task.")] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Score a model on a parallel test set: sacreBLEU, tokenized lower-cased BLEU, chrF, exact match, as JSON."""
+    """Score a model on a parallel test set: sacreBLEU, tokenized lower-cased BLEU, chrF, exact match, as JSON.
+
+    With --lm-eval, score a decoder or an encoder-decoder on tasks of the Language Model Evaluation Harness instead.
+    """
     with _clean_errors(debug):
+        _refuse_options(context, _LM_EVAL_ONLY if lm_eval is None else _PARALLEL_ONLY, lm_eval is not None)
+        if lm_eval is None and source is None:
+            raise ValueError("name a file to score the model on, or a task of lm-eval: --lm-eval TASK")
         _set_up_logging(quiet)
+        if lm_eval is not None:
+            from ..training.harness import evaluate_harness
+
+            with redirect_stdout(sys.stderr):
+                metrics = evaluate_harness(
+                    model_dir,
+                    [name for names in lm_eval for name in names.split(",")],
+                    include_path=include_path,
+                    num_fewshot=num_fewshot,
+                    limit=limit,
+                    batch_size=batch_size,
+                )
+            typer.echo(json.dumps(metrics, ensure_ascii=False, indent=1, default=float))
+            return
         from ..training.data_files import read_parallel, read_records
         from ..training.run import evaluate as run_evaluate
 

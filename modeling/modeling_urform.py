@@ -182,7 +182,8 @@ class UrformModel(UrformPreTrainedModel):
                 raise ValueError(f"{name} is for an encoder-decoder; this is architecture={config.architecture!r}")
         if config.architecture == "decoder":
             return self.decoder(**source, **caching, **kwargs)
-        return self.encoder(**source, token_type_ids=token_type_ids, **kwargs)
+        cache = caching["past_key_values"]
+        return self.encoder(**source, token_type_ids=token_type_ids, past_key_values=cache, **kwargs)
 
     def _encode_decode(
         self,
@@ -627,6 +628,7 @@ class UrformForSequenceClassification(UrformPreTrainedModel):
         decoder_attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         token_type_ids: Tensor | None = None,
@@ -645,12 +647,15 @@ class UrformForSequenceClassification(UrformPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             decoder_position_ids=decoder_position_ids,
+            past_key_values=past_key_values,
             use_cache=False if labels is not None else use_cache,
             **_without_loss(kwargs),
         )
         hidden, ids, mask = outputs.last_hidden_state, input_ids, attention_mask
         if decoder_input_ids is not None or decoder_inputs_embeds is not None:
             ids, mask = decoder_input_ids, decoder_attention_mask
+        if mask is not None and mask.ndim == 2:
+            mask = mask[:, -hidden.shape[1] :]  # without the prefix that a cache holds
         logits = self.classifier(pool(hidden, real_tokens(hidden, ids, mask, self.config), self.config))
         loss = None
         if labels is not None:
@@ -681,6 +686,7 @@ class UrformForTokenClassification(UrformPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -694,6 +700,7 @@ class UrformForTokenClassification(UrformPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
             **_without_loss(kwargs),
         )
         logits = self.classifier(outputs.last_hidden_state)
@@ -722,6 +729,7 @@ class UrformForQuestionAnswering(UrformPreTrainedModel):
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         use_cache: bool | None = None,
@@ -743,6 +751,7 @@ class UrformForQuestionAnswering(UrformPreTrainedModel):
             decoder_position_ids=decoder_position_ids,
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
+            past_key_values=past_key_values,
             use_cache=False if start_positions is not None else use_cache,
             **_without_loss(kwargs),
         )

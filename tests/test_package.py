@@ -113,6 +113,11 @@ assert type(transformers.AutoModel.from_config(config)) is urform.UrformModel
 assert urform.UrformConfig not in tokenization_auto.TOKENIZER_MAPPING  # see test_hub_precedence.py
 assert tokenization_auto.tokenizer_class_from_name("UrformTokenizer") is urform.UrformTokenizer
 assert "UrformForCausalLM" in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+for module in (transformers, sys.modules["transformers"]):  # two where transformers has executed its __init__ twice
+    assert module.UrformForCausalLM is urform.UrformForCausalLM and module.UrformTokenizer is urform.UrformTokenizer
+    assert not hasattr(module, "UrformForNothing") and not hasattr(module.models, "UrformForCausalLM")
+    assert "UrformForCausalLM" not in dir(module) and not hasattr(module.models.bert, "UrformForCausalLM")
+from transformers import UrformConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 assert "urform" in ALL_ATTENTION_FUNCTIONS.valid_keys() and "urform" in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()
@@ -146,6 +151,25 @@ MORE_ORDERS = [
 @pytest.mark.parametrize("first", [*QUICK_ORDERS, *(pytest.param(o, marks=pytest.mark.slow) for o in MORE_ORDERS)])
 def test_registered_in_any_order_of_imports(first: str):
     assert run(first + "\n" + CHECK) == "ok"
+
+
+def test_classes_as_attributes_of_transformers_wait_until_they_are_asked_for():
+    code = """
+import sys, urform, transformers
+first = transformers
+import transformers.processing_utils  # executes transformers/__init__.py a second time
+second = sys.modules["transformers"]
+assert first is not second and first.UrformForCausalLM is second.UrformForCausalLM is urform.UrformForCausalLM
+"""
+    run(code)
+    code = """
+import sys, urform, transformers
+assert not hasattr(transformers, "NoSuchClass") and "torch" not in sys.modules
+transformers.UrformForMaskedLM.__name__
+transformers.UrformModel = 7  # whoever sets an attribute of that name has it
+print("torch" in sys.modules, transformers.UrformModel, transformers.BertModel.__name__)
+"""
+    assert run(code) == "True 7 BertModel"
 
 
 def test_stock_model_with_our_attention_after_a_bare_import():
@@ -442,7 +466,8 @@ def test_wheel_holds_one_package_and_no_tests_or_data(wheel_names: list[str]):
 
 
 def test_wheel_holds_every_module(wheel_names: list[str]):
-    assert {"urform/__init__.py", "urform/hub_upload.py", "urform/py.typed"} <= set(wheel_names)
+    top = {"__init__.py", "hub_upload.py", "registration.py", "dependencies.py", "py.typed"}
+    assert {f"urform/{name}" for name in top} <= set(wheel_names)
     assert "urform/setup.py" not in wheel_names
     packages = ["configuration", "modeling", "modeling/kernels", "tokenization", "training", "training/recipes",
                 "diagnostics", "publishing", "cli"]  # fmt: skip
