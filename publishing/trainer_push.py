@@ -5,8 +5,8 @@ puts among Trainer's default callbacks, tells model and tokenizer that their sav
 checkpoint copies weights and configs out of the checkpoint's folder, which has the code and the stamp already, but not
 these; the callback does. It does nothing where nothing is pushed and with other models.
 
-It also keeps `TrainingArguments.hub_token` out of `training_args.bin`, which Trainer pickles and pushes, and
-`config.use_cache` as it was: Trainer turns it off, and would save that.
+It also keeps `hub_token`, and every other `_token` of TrainingArguments, out of `training_args.bin`, which Trainer
+pickles and pushes, and `config.use_cache` as it was: Trainer turns it off, and would save that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.training_args import TrainingArguments
 
 from ..configuration.bundle_stamp import STAMP_NAME
 from ..configuration.bundle_urform import BundledCodeMixin, publish_with, write_code
+from .secret_fields import token_fields
 
 
 class SecretToken(str):
@@ -52,8 +53,8 @@ class PublishCallback(TrainerCallback):
         """Hide the token; have everything saved with its code if it is going to be pushed."""
         if _is_ours(kwargs.get("model")):
             self._use_cache = kwargs["model"].config.use_cache
-        if args.hub_token:
-            args.hub_token = SecretToken(args.hub_token)
+        for name in token_fields(args):
+            setattr(args, name, SecretToken(getattr(args, name)))
         if args.push_to_hub:
             self._publish(**kwargs)
 

@@ -149,8 +149,13 @@ class Recipe:
     raw: dict[str, Any] = field(repr=False)
 
     def save(self, path: str | Path) -> None:
-        """Writes the recipe as read, overrides included, so that it can be run again."""
-        Path(path).write_text(yaml.safe_dump(self.raw, allow_unicode=True, sort_keys=False), encoding="utf-8")
+        """Writes the recipe as read, overrides included, so that it can be run again; secrets are left out."""
+        from ..publishing.secret_fields import without_secrets
+        from .checkpointing import write_text_atomically
+
+        values, secrets = without_secrets(self.raw)
+        note = f"# left out, as they are secrets: {', '.join(secrets)}\n" if secrets else ""
+        write_text_atomically(path, note + yaml.safe_dump(values, allow_unicode=True, sort_keys=False))
 
 
 class _Loader(yaml.SafeLoader):

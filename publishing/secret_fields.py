@@ -1,0 +1,51 @@
+"""Which settings are secrets, so that they are never written beside a model: `without_secrets`, `token_fields`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .checkpoint_checks import _SECRETS
+
+# What transformers masks when it shows TrainingArguments.
+_TOKEN = re.compile(r"\w+_token")
+# Names of secrets in any section; tokens of a vocabulary (`pad_token`, `tokens_per_batch`) are none.
+_NAME = re.compile(
+    r"(.*[_-])?(api|access|secret|private|auth|wandb|client)[_-]?(key|token)|(use_auth|auth|hub|hf|push_to_hub)_token|token"
+    r"|(.*[_-])?(secret|password|passwd|passphrase|credentials?)",
+    re.IGNORECASE,
+)
+
+
+def token_fields(arguments: Any) -> list[str]:
+    """Return the names of the fields of `TrainingArguments` that hold a token."""
+    return [
+        name for name, value in vars(arguments).items() if value and isinstance(value, str) and _TOKEN.fullmatch(name)
+    ]
+
+
+def without_secrets(values: Mapping[str, Any], section: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Return nested settings without their secrets, and the dotted names of those left out.
+
+    A setting is a secret by its name, or if its value looks like a token or an address with a password.
+    """
+    kept: dict[str, Any] = {}
+    left_out: list[str] = []
+    for name, value in values.items():
+        path = f"{section}.{name}" if section else str(name)
+        by_name = _NAME.fullmatch(str(name)) or (section == "training" and _TOKEN.fullmatch(str(name)))
+        if value and (by_name or _holds_secret(value)):
+            left_out.append(path)
+        elif isinstance(value, Mapping):
+            kept[name], more = without_secrets(value, path)
+            left_out += more
+        else:
+            kept[name] = value
+    return kept, left_out
+
+
+def _holds_secret(value: Any) -> bool:
+    if isinstance(value, str):
+        return any(re.search(pattern, value) for pattern in _SECRETS.values())
+    return isinstance(value, (list, tuple)) and any(_holds_secret(item) for item in value)
