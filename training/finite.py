@@ -80,8 +80,8 @@ class UpdateWatch:
         weights = _non_finite(trainer.model.named_parameters())
         groups = _groups(trainer.model, trainer.optimizer, gradients)
         rank = f"-process-{args.process_index}" if args.world_size > 1 else ""
-        report = Path(args.output_dir, f"non-finite-step-{step}{rank}.json")
-        batch = report.with_suffix(".safetensors")
+        report = Path(args.output_dir, f"non-finite-step-{step}{rank}", "report.json")
+        batch = report.with_name("batch.safetensors")
         others = _save_batches(self.batches, batch)
         last = last_complete_checkpoint(args.output_dir)
         said = {

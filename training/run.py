@@ -312,6 +312,8 @@ def train(
         if test:
             metrics["test"] = _test(loaded, folder, test, training.device)
         write_text_atomically(folder / RESULTS_FILE, json.dumps(metrics, indent=1, ensure_ascii=False))
+        if training.push_to_hub:
+            trainer.push_saved("End of training")
         record.ended_at = trainer.state.global_step
         record.save(folder)
     trainer.accelerator.wait_for_everyone()

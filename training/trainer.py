@@ -47,6 +47,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling.modeling_urform import UrformLanguageModel, UrformPreTrainedModel
 from ..publishing.model_card import is_placeholder, make_card, update_card
+from ..publishing.trainer_push import push_checkpoint, push_output
 from ..publishing.training_record import record_of, write_arguments
 from .batching import GlobalBatchSampler
 from .checkpointing import (
@@ -413,9 +414,48 @@ class UrformTrainer(Seq2SeqTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 
+    # --- publishing --------------------------------------------------------------------------------------------
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._is_saving:
-            super()._push_from_checkpoint(checkpoint_folder)
+        if not self._is_saving:  # once more when the checkpoint is complete
+            push_checkpoint(self, Path(checkpoint_folder))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Trainer.push_to_hub`; of the output folder, what `published_files` lists is uploaded."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            private = {"private": kwargs["private"]} if "private" in kwargs else {}  # not before transformers 5.23
+            self.init_hf_repo(token=token if token is not None else self.args.hub_token, **private)
+        kwargs.pop("private", None)
+        self.save_model(_internal_call=True)
+        return self.push_saved(commit_message or "End of training", blocking, token, revision, **kwargs)
+
+    def push_saved(
+        self,
+        commit_message: str,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **card: Any,
+    ) -> Any:
+        """Write the model card (`card`: see `create_model_card`) and push the output folder as it is."""
+        if not self.is_world_process_zero():
+            return None
+        given = card.pop("tags", None) or []
+        tags = [given] if isinstance(given, str) else list(given)
+        tags += [tag for tag in getattr(self.model, "model_tags", None) or () if tag not in tags]
+        name = (
+            card.pop("model_name", None) or (self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1]
+        )
+        self.create_model_card(model_name=name, **{**card, **({"tags": tags} if tags else {})})
+        self._finish_current_push()
+        return push_output(self, commit_message, token, revision, run_as_future=not blocking)
 
     # --- resuming ----------------------------------------------------------------------------------------------
     def _save_loss_state(self, folder: Path, tr_losses: list[float]) -> None:
