@@ -1,4 +1,4 @@
-"""Which settings are secrets, so that they are never written beside a model: `without_secrets`, `token_fields`."""
+"""Which settings are secrets, so that they are never written or shown: `without_secrets`, `hide_tokens`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,27 @@ _NAME = re.compile(
 )
 
 
-def token_fields(arguments: Any) -> list[str]:
-    """Return the names of the fields of `TrainingArguments` that hold a token."""
-    return [
-        name for name, value in vars(arguments).items() if value and isinstance(value, str) and _TOKEN.fullmatch(name)
-    ]
+class SecretToken(str):
+    """A token that is None where it is pickled and hidden where it is shown by `repr`."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(None), ()
+
+    def __repr__(self) -> str:
+        return "<token>"
+
+    def __copy__(self) -> SecretToken:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> SecretToken:
+        return self
+
+
+def hide_tokens(arguments: Any) -> None:
+    """Make a `SecretToken` of every token of `TrainingArguments`."""
+    for name, value in vars(arguments).items():
+        if value and isinstance(value, str) and _TOKEN.fullmatch(name):
+            setattr(arguments, name, SecretToken(value))
 
 
 def without_secrets(values: Mapping[str, Any], section: str = "") -> tuple[dict[str, Any], list[str]]:

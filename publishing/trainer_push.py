@@ -27,7 +27,7 @@ from ..configuration.bundle_stamp import STAMP_NAME, read_stamp
 from ..configuration.bundle_urform import BundledCodeMixin, publish_with, write_code
 from .card_pictures import ALIGNMENT_NAME, CURVE_NAME
 from .checkpoint_checks import refuse_secrets
-from .secret_fields import token_fields
+from .secret_fields import hide_tokens
 
 # What belongs to a run, beside the files of its stamp: weights, configs, tokenizers and what Trainer logs.
 _PUBLISHED = re.compile(
@@ -59,7 +59,7 @@ def push_output(
     """
     folder, args = Path(trainer.args.output_dir), trainer.args
     names = published_files(folder)
-    refuse_secrets(folder, [name for name in names if name.endswith((".json", ".yaml", ".md", ".txt"))])
+    refuse_secrets(folder, [name for name in names if name.endswith((".json", ".yaml", ".md", ".txt", ".bin"))])
     return hf_api().upload_folder(
         repo_id=trainer.hub_model_id,
         folder_path=folder,
@@ -107,22 +107,6 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
         running.jobs.extend(jobs)
 
 
-class SecretToken(str):
-    """A token that is None where it is pickled and hidden where it is shown by `repr`."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return type(None), ()
-
-    def __repr__(self) -> str:
-        return "<token>"
-
-    def __copy__(self) -> SecretToken:
-        return self
-
-    def __deepcopy__(self, memo: Any) -> SecretToken:
-        return self
-
-
 def _is_ours(model: Any) -> bool:
     return isinstance(model, BundledCodeMixin) and model._is_ours()
 
@@ -136,8 +120,7 @@ class PublishCallback(TrainerCallback):
         """Hide the token; have everything saved with its code if it is going to be pushed."""
         if _is_ours(kwargs.get("model")):
             self._use_cache = kwargs["model"].config.use_cache
-        for name in token_fields(args):
-            setattr(args, name, SecretToken(getattr(args, name)))
+        hide_tokens(args)
         if args.push_to_hub:
             self._publish(**kwargs)
 

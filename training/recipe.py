@@ -275,6 +275,8 @@ def load_recipe(
         FileNotFoundError: If there is no such recipe.
         ValueError: If it is not valid; the message names the key.
     """
+    from ..publishing.secret_fields import hide_tokens
+
     text, where = _read(recipe)
     try:
         values = yaml.load(text, _Loader)
@@ -300,6 +302,7 @@ def load_recipe(
         settings["training"] = {"use_cpu": True, **training}
     parsed = {section: _parse_section(section, settings.get(section, {}), where) for section in _SECTIONS}
     result = Recipe(**parsed, raw=values)
+    hide_tokens(result.training)
     keep = result.training.save_total_limit
     if keep is not None and keep < result.run.average_last:
         raise ValueError(

@@ -19,6 +19,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ __all__ = [
     "refuse_changes",
     "refuse_earlier_run",
     "refuse_other_shapes",
+    "refuse_other_tokenizer",
     "refuse_shorter",
     "resume_point",
     "skips_newer",
@@ -226,6 +228,7 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
             if not item.init:
                 continue
             value = getattr(parsed, item.name)
+            value = value.value if isinstance(value, Enum) else value
             key = f"{section}.{item.name}"
             if isinstance(value, Mapping) and key in ("model.config", "tokenizer.options"):
                 values.update({f"{key}.{name}": part for name, part in value.items()})
@@ -249,7 +252,7 @@ def refuse_changes(
     Args:
         folder: The run's folder.
         now: The recipe to resume with.
-        record: Of the data, the tokenizer and the processes as they are now.
+        record: Of the data and the processes as they are now.
         allowed: `section.field`, `section` or `model.config` names of changes that the user allows.
 
     Returns:
@@ -270,8 +273,6 @@ def refuse_changes(
         if earlier.examples_sha256 != record.examples_sha256:
             hashes = [f"sha256 {known.examples_sha256[:12]}…" for known in (earlier, record)]
             changes["data.train"] = (hashes[0], hashes[1])
-        if earlier.tokenizer_sha256 != record.tokenizer_sha256:
-            changes[f"tokenizer.files ({TOKENIZER_FOLDER}/)"] = (earlier.tokenizer_sha256, record.tokenizer_sha256)
         _compare_batches(changes, now, earlier.processes, record.processes)
     free = [key for key in changes if FREE.fullmatch(key)]
     fixed = [key for key in changes if FIXED.fullmatch(key)]
@@ -280,6 +281,20 @@ def refuse_changes(
     if fixed or asked:
         raise ValueError(_refusal(folder, changes, fixed, asked))
     return {key: f"{key}: {changes[key][0]} -> {changes[key][1]}" for key in [*free, *others]}
+
+
+def refuse_other_tokenizer(folder: Path) -> None:
+    """Refuse to resume a run with another tokenizer than it began with.
+
+    Raises:
+        ValueError: If its files have changed.
+    """
+    earlier = RunRecord.load(folder)
+    if earlier is not None and earlier.tokenizer_sha256 != folder_sha256(folder / TOKENIZER_FOLDER):
+        raise ValueError(
+            f"{folder / TOKENIZER_FOLDER} is not the tokenizer that the run began with (another sha256): delete it to "
+            "have it made again from the training data, or start a new run in another --output-dir"
+        )
 
 
 def refuse_shorter(folder: Path, checkpoint: Path, planned: int) -> None:

@@ -45,6 +45,7 @@ from .resuming import (
     refuse_changes,
     refuse_earlier_run,
     refuse_other_shapes,
+    refuse_other_tokenizer,
     refuse_shorter,
     resume_point,
     skips_newer,
@@ -178,6 +179,8 @@ def _prepare_tokenizer(recipe: Recipe, examples: list[tuple[Any, ...]], goes_on:
             staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
             train_tokenizer(recipe, examples).save_pretrained(staging)
             staging.rename(folder)
+        if goes_on:
+            refuse_other_tokenizer(output_dir)
     return AutoTokenizer.from_pretrained(folder)
 
 
