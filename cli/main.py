@@ -121,6 +121,10 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes: key=value, e.g. max_steps=100.")] = None,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Where everything goes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")] = False,
+    allow_changes: Annotated[
+        list[str] | None,
+        typer.Option("--allow-change", help="With --resume: a value that may differ, e.g. data or training.seed."),
+    ] = None,
     list_names: Annotated[bool, typer.Option("--list", help="List the recipes that come with urform.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -145,7 +149,9 @@ def train(
         changes = [*(overrides or ()), *(["training.disable_tqdm=true"] if quiet else [])]
         try:
             with redirect_stdout(sys.stderr):  # Trainer prints its log
-                result = run_train(recipe, changes, resume=resume, output_dir=output_dir)
+                result = run_train(
+                    recipe, changes, resume=resume, output_dir=output_dir, allow_changes=allow_changes or ()
+                )
         except TrainingInterruptedError as interrupted:
             if debug:
                 raise

@@ -26,7 +26,8 @@ from urform.modeling.layers_urform import UrformLayer
 from urform.modeling.stack_urform import UrformPreTrainedModel
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-SPLITS_UNEVENLY = hasattr(tensor_parallel.TensorParallelLayer, "_from_local_last_dim_shard")  # transformers 5.17 does not
+# transformers 5.17 does not:
+SPLITS_UNEVENLY = hasattr(tensor_parallel.TensorParallelLayer, "_from_local_last_dim_shard")
 
 ARCHITECTURES = ("encoder", "decoder", "encoder-decoder")
 POSITIONS = ("rope", "sinusoidal", "learned", "alibi", "t5", "none")

@@ -149,8 +149,13 @@ class Recipe:
     raw: dict[str, Any] = field(repr=False)
 
     def save(self, path: str | Path) -> None:
-        """Writes the recipe as read, overrides included, so that it can be run again."""
-        Path(path).write_text(yaml.safe_dump(self.raw, allow_unicode=True, sort_keys=False), encoding="utf-8")
+        """Writes the recipe as read, overrides included, so that it can be run again; secrets are left out."""
+        from ..publishing.secret_fields import without_secrets
+        from .checkpointing import write_text_atomically
+
+        values, secrets = without_secrets(self.raw)
+        note = f"# left out, as they are secrets: {', '.join(secrets)}\n" if secrets else ""
+        write_text_atomically(path, note + yaml.safe_dump(values, allow_unicode=True, sort_keys=False))
 
 
 class _Loader(yaml.SafeLoader):
@@ -270,6 +275,8 @@ def load_recipe(
         FileNotFoundError: If there is no such recipe.
         ValueError: If it is not valid; the message names the key.
     """
+    from ..publishing.secret_fields import hide_tokens
+
     text, where = _read(recipe)
     try:
         values = yaml.load(text, _Loader)
@@ -295,6 +302,7 @@ def load_recipe(
         settings["training"] = {"use_cpu": True, **training}
     parsed = {section: _parse_section(section, settings.get(section, {}), where) for section in _SECTIONS}
     result = Recipe(**parsed, raw=values)
+    hide_tokens(result.training)
     keep = result.training.save_total_limit
     if keep is not None and keep < result.run.average_last:
         raise ValueError(
