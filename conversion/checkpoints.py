@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..configuration.checkpoint_files import INDEX_NAME, read_weight_map, refuse_link
 from ..configuration.configuration_urform import UrformConfig
+from ..publishing.checkpoint_source import need_source
 from .convert import Conversion, assemble, our_class, prepare_from, prepare_to, stock_class
 from .families import FAMILIES
 from .family import Head
@@ -55,16 +55,15 @@ def find_folder(source: str | os.PathLike, **hub: Any) -> Path:
         **hub: For `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        ValueError: Neither a folder nor an id, or no checkpoint in it.
+        NoSuchSourceError: Neither a folder nor an id (a FileNotFoundError and a ValueError).
+        ValueError: No checkpoint in it.
     """
     folder = Path(source)
+    need_source(source, **hub)
     if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=_CARRIED, ignore_patterns=["*/*"], **hub))
-            files = _weight_files(folder)
-            folder = Path(snapshot_download(str(source), allow_patterns=files, **hub))
-        except HFValidationError as error:
-            raise ValueError(f"{str(source)!r} is neither a folder nor an id on the Hub") from error
+        folder = Path(snapshot_download(str(source), allow_patterns=_CARRIED, ignore_patterns=["*/*"], **hub))
+        files = _weight_files(folder)
+        folder = Path(snapshot_download(str(source), allow_patterns=files, **hub))
     if not (folder / "config.json").is_file():
         adapter = " but an adapter: merge it into its model first" if (folder / "adapter_config.json").is_file() else ""
         raise ValueError(f"{source} has no config.json{adapter}; give a folder with a whole checkpoint")

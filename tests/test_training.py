@@ -611,8 +611,7 @@ def test_a_torn_checkpoint_is_skipped(finished: tuple[Path, Any], tmp_path: Path
         rest = train(recipe, output_dir=out, resume=True)
     assert losses(rest.log_history) == losses(whole.log_history)
     assert [path.name for path in last_checkpoints(out, 3)] == [f"checkpoint-{step}" for step in (4, 8, 12)]
-    with pytest.raises(ValueError, match="are to be averaged"):
-        last_checkpoints(out, 9)
+    assert len(last_checkpoints(out, 9)) == 3
 
 
 def test_best_checkpoint_by_a_task_metric(tmp_path: Path) -> None:

@@ -33,18 +33,8 @@ _NOT_MODEL = {"trainer_state.json", "checkpoint_manifest.json", "loss_state.json
 
 
 def last_checkpoints(output_dir: str | Path, count: int) -> list[Path]:
-    """The newest complete checkpoints of a run, oldest first.
-
-    Raises:
-        ValueError: If there are fewer than `count`.
-    """
-    found = list(itertools.islice(newest_complete(output_dir), count))[::-1]
-    if len(found) < count:
-        raise ValueError(
-            f"{output_dir} has {len(found)} complete checkpoints and {count} are to be averaged: "
-            f"lower average_last, or keep more (save_steps, save_total_limit)"
-        )
-    return found
+    """The newest complete checkpoints of a run, oldest first: `count` of them, or all where there are fewer."""
+    return list(itertools.islice(newest_complete(output_dir), count))[::-1]
 
 
 def _weight_files(checkpoint: Path) -> dict[str, Path]:

@@ -15,11 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+
+from ..dependencies import missing_dependency
+
+try:
+    from accelerate import PartialState
+except ModuleNotFoundError as error:
+    raise missing_dependency(error.name or "accelerate", "training") from error
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -31,7 +38,16 @@ from .averaging import average_checkpoints, last_checkpoints
 from .batching import padding_share
 from .checkpointing import last_complete_checkpoint, write_text_atomically
 from .encoding import EncodedDataset
-from .metrics import TranslationScores, score_translations
+from .metrics import TranslationScores, check_scorers, score_translations
+from .preflight import (
+    EstimateCallback,
+    check_files,
+    check_generation,
+    check_lengths,
+    limit_tokenizer,
+    position_limits,
+    settle_precision,
+)
 from .recipe import Recipe, load_recipe
 from .resuming import (
     RECIPE_FILE,
@@ -147,21 +163,31 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Labe
     fields.setdefault("vocab_size", len(tokenizer))
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         fields.setdefault(name, getattr(tokenizer, name))
-    if arguments.preset is not None:
-        if arguments.model_type != "urform":
-            raise ValueError(f"model.preset is for model_type urform, not {arguments.model_type}")
-        from ..configuration.configuration_urform import UrformConfig
-
-        config = UrformConfig.from_preset(arguments.preset, **fields)
-    else:
-        if arguments.model_type == "urform":
-            fields.setdefault("architecture", ARCHITECTURES.get(task, "encoder"))
-        config = AutoConfig.for_model(arguments.model_type, **fields)
+    config = _new_config(recipe, fields)
     if config.is_encoder_decoder and config.decoder_start_token_id is None:
         config.decoder_start_token_id = (
             tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.pad_token_id
         )
     return head.from_config(config, **implementation)
+
+
+def _new_config(recipe: Recipe, fields: dict[str, Any]) -> PreTrainedConfig:
+    arguments = recipe.model
+    if arguments.preset is not None:
+        if arguments.model_type != "urform":
+            raise ValueError(f"model.preset is for model_type urform, not {arguments.model_type}")
+        from ..configuration.configuration_urform import UrformConfig
+
+        return UrformConfig.from_preset(arguments.preset, **fields)
+    if arguments.model_type == "urform":
+        fields.setdefault("architecture", ARCHITECTURES.get(recipe.data.task, "encoder"))
+    return AutoConfig.for_model(arguments.model_type, **fields)
+
+
+def _check_config(recipe: Recipe) -> None:
+    """Refuse a config that cannot be built before data are read and a tokenizer is trained for it."""
+    if not recipe.model.from_pretrained and not recipe.tokenizer.from_pretrained:
+        _new_config(recipe, {"vocab_size": recipe.tokenizer.vocab_size, **recipe.model.config})
 
 
 def _prepare_tokenizer(recipe: Recipe, examples: list[tuple[Any, ...]], goes_on: bool) -> PreTrainedTokenizerBase:
@@ -192,6 +218,13 @@ def _warn_of_single_process(world_size: int) -> None:
             "accelerate launch was asked for several processes and started one: on CPUs use "
             "`accelerate launch --multi_gpu --num_processes N` with use_cpu=true, or torchrun"
         )
+
+
+def _check_scorers(recipe: Recipe) -> None:
+    """Refuse a run whose scores could not be computed at its end."""
+    scored = has_split(recipe.data, "test") or recipe.training.predict_with_generate
+    if recipe.data.task == "seq2seq" and scored:
+        check_scorers(recipe.data.target_language)
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> list[str]:
@@ -245,6 +278,9 @@ def train(
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides, output_dir=output_dir)
     data, training = loaded.data, loaded.training
     _warn_of_single_process(training.world_size)
+    check_files(data)
+    _check_config(loaded)
+    _check_scorers(loaded)
     folder = Path(training.output_dir or "outputs")
     if not resume:
         refuse_earlier_run(folder)
@@ -269,13 +305,20 @@ def train(
         if not has_split(data, "validation"):
             raise ValueError("training.eval_strategy needs validation data: set data.validation_source and _target")
         eval_set = build_dataset(data, "validation", tokenizer, labels, list(read_split(data, "validation")))
-        # Like lengths together: evaluation goes in this order.
-        eval_set.features.sort(key=lambda feature: len(feature["input_ids"]))
     test = list(read_split(data, "test")) if has_split(data, "test") and data.task == "seq2seq" else []
 
+    training = settle_precision(loaded, checkpoint)
     # Data are read before the seed is used, so reading changes nothing about the initial weights.
     set_seed(training.seed)
     model = build_model(loaded, tokenizer, labels)
+    limits = position_limits(model)
+    limit_tokenizer(tokenizer, limits, loaded.tokenizer.options.get("model_max_length"))
+    check_lengths(data, "train", train_set, limits)
+    check_generation(loaded, test, tokenizer, limits)
+    if eval_set is not None:
+        check_lengths(data, "validation", eval_set, limits)
+        # Like lengths together: evaluation goes in this order.
+        eval_set.features.sort(key=lambda feature: len(feature["input_ids"]))
     interrupt = InterruptCallback()
     trainer = UrformTrainer(
         model=model,
@@ -285,7 +328,7 @@ def train(
         processing_class=tokenizer,
         data_collator=data_collator(data.task, tokenizer, model),
         compute_metrics=_compute_metrics(loaded, tokenizer),
-        callbacks=[*callbacks, interrupt],
+        callbacks=[*callbacks, EstimateCallback(), interrupt],
         tokens_per_batch=data.tokens_per_batch,
         pool_batches=data.pool_batches,
     )
@@ -358,12 +401,25 @@ def _sampler(trainer: UrformTrainer) -> Any:
     return sampler
 
 
+def _to_average(folder: Path, count: int) -> list[Path]:
+    """The last checkpoints; fewer than `count`, with a warning, where there are fewer."""
+    found = last_checkpoints(folder, count)
+    if len(found) < count:
+        logger.warning(
+            "run.average_last=%d, and %s has %d complete checkpoints: the finished model is %s. For more checkpoints "
+            "lower training.save_steps or raise training.save_total_limit",
+            count, folder, len(found), f"the average of {len(found)}" if found else "that of the last step",
+        )  # fmt: skip
+    return found
+
+
 def _save_final(recipe: Recipe, trainer: UrformTrainer, folder: Path) -> None:
     """Puts the finished model (averaged if the recipe says so) into the output directory, file by file."""
     staging = folder / f".{AVERAGE_FOLDER}.{uuid.uuid4().hex[:8]}"
     try:
-        if recipe.run.average_last:
-            average_checkpoints(last_checkpoints(folder, recipe.run.average_last), staging)
+        checkpoints = _to_average(folder, recipe.run.average_last)
+        if checkpoints:
+            average_checkpoints(checkpoints, staging)
         else:
             trainer.save_model(str(staging), _internal_call=True)  # not pushed from there
         for path in staging.iterdir():
@@ -419,7 +475,8 @@ def translate(
         progress: Called with the number of texts finished, batch by batch.
     """
     results = [""] * len(texts)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limits = position_limits(model)
+    limit, target_limit = limits.source, limits.target
     encoded = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
     order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(encoded[i]))
     if limit is not None and order and len(encoded[order[0]]) > limit:
@@ -442,7 +499,7 @@ def translate(
                 do_sample=False,
                 length_penalty=length_penalty,
                 early_stopping=num_beams > 1,
-                max_new_tokens=min(room, limit - 1) if limit else room,
+                max_new_tokens=min(room, target_limit - 1) if target_limit else room,
             )
         for i, text in zip(chosen, tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
             results[i] = _one_line(text)
@@ -536,6 +593,7 @@ def evaluate(
         FileNotFoundError: If there is no such folder.
         ValueError: If it holds no finished model, or if there is nothing to score.
     """
+    check_scorers(language)
     hypotheses = list(
         predict(
             model_dir, [source for source, _ in pairs], prefix=prefix, num_beams=num_beams,
