@@ -381,7 +381,7 @@ def test_weights_alone_are_no_checkpoint_to_resume_from(recipe: Path, tmp_path: 
 CHANGES = {
     "model.config.num_attention_heads=4": r"num_attention_heads: 2 -> 4.*--allow-change model.config.num_attention",
     "model.config.hidden_size=64": "model.config.hidden_size: 32 -> 64",
-    "model.config.positions=rotary": r"model.config.positions: \(not set\) -> rotary",
+    "model.config.position_encoding=alibi": r"model.config.position_encoding: \(not set\) -> alibi",
     "model.config.hidden_dropout_prob=0.0": "model.config.hidden_dropout_prob: 0.1 -> 0.0",
     "training.seed=7": "training.seed: 42 -> 7",
     "data_seed=7": "training.data_seed: None -> 7",

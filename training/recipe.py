@@ -16,6 +16,7 @@ nearest known one, before torch and transformers are imported.
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import difflib
 import importlib.resources
@@ -393,7 +394,7 @@ def load_recipe(
     training = values["training"]
     if not torch.accelerator.is_available():  # else transformers refuses bf16; not kept with the recipe
         training = {"use_cpu": True, **training}
-    result = Recipe(**own, training=_parse_section("training", training), raw=values)
+    result = Recipe(**own, training=_parse_section("training", training), raw=copy.deepcopy(values))
     hide_tokens(result.training)
     keep = result.training.save_total_limit
     if keep is not None and keep < result.run.average_last:
