@@ -47,6 +47,13 @@ _LIBRARY_KEYS = frozenset(
     "task_specific_params finetuning_task trust_remote_code tie_last_hidden_states per_layer_config".split()
 )
 
+# What transformers reads of any config that has it, which no field of Urform's means: refused, never taken for a field
+# without effect.
+READ_BY_LIBRARY = frozenset(
+    "is_causal attention_chunk_size kv_sharing_modes num_kv_shared_layers original_max_position_embeddings "
+    "token_classification_bias text_config text_encoder".split()
+)
+
 _DECODER_SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 
 
@@ -300,6 +307,13 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         """A field that does not exist is an error from a caller, a warning from a saved file (of a newer Urform?)."""
         generation = GenerationConfig._get_default_generation_params()
         known = {field.name for field in fields(self)}
+        for key in sorted(READ_BY_LIBRARY & kwargs.keys()):
+            value = kwargs.pop(key)
+            self._need(
+                value is None,
+                f"{key}={value!r} is no field of UrformConfig, but transformers reads it; leave it out"
+                + (" and set it in rope_parameters" if key.startswith("original") else ""),
+            )
         unknown = [k for k in kwargs if not k.startswith("_") and k not in _LIBRARY_KEYS and k not in generation]
         if unknown and "model_type" in kwargs:
             logger.warning_once(f"UrformConfig knows no field {', '.join(sorted(unknown))}; kept, but without effect")

@@ -7,7 +7,7 @@ refused, all of it in one message; what did not survive and changes none is kept
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ..configuration.configuration_urform import UrformConfig
+from ..configuration.configuration_urform import READ_BY_LIBRARY, UrformConfig
 from ..modeling import modeling_urform
 from .families import FAMILIES
 from .family import Family, Head
@@ -35,6 +35,35 @@ _WITHOUT_EFFECT = _BOOKKEEPING | frozenset(
 # What a config raises that cannot be; AttributeError in 5.17 where it does not expect rotary parameters per layer type.
 _INVALID = (ValueError, StrictDataclassError, AttributeError)
 _REFUSED = ("quantization_config", "auto_map", "per_layer_config")
+
+
+def _is_unset(name: str) -> Callable[[Any, Family], bool]:
+    return lambda stock, family: not getattr(stock, name)
+
+
+def _is_causal(stock: PreTrainedConfig, family: Family) -> bool:
+    return {"decoder": bool(stock.is_causal), "encoder": not stock.is_causal}.get(family.fixed["architecture"], False)
+
+
+# Fields that transformers looks for in every config (`getattr`, `hasattr`), though the classes of most families do not
+# declare them: when they change no number. tests/test_conversion_fields.py looks for those that a release adds.
+_LOOKED_FOR: dict[str, Callable[[Any, Family], bool]] = {
+    **{name: _is_unset(name) for name in (*READ_BY_LIBRARY, "fusion_config", "transformers_weights")},
+    "is_causal": _is_causal,
+    "layer_types": lambda stock, family: set(stock.layer_types or ()) <= {"full_attention"},
+    "original_max_position_embeddings": lambda stock, family: True,  # in `rope_parameters` by now
+    "sliding_window": lambda stock, family: stock.sliding_window is None,
+    "tie_last_hidden_states": lambda stock, family: stock.tie_last_hidden_states in (None, True),
+    "token_classification_bias": lambda stock, family: bool(stock.token_classification_bias),
+}
+
+
+def _as_read(stock: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy with what the models of transformers read: rotary parameters that stand beside `rope_parameters`."""
+    stock = copy.deepcopy(stock)
+    if "rope_parameters" in _names(stock) and stock.rope_parameters:
+        stock.standardize_rope_params()
+    return stock
 
 
 def _public(config: PreTrainedConfig) -> dict[str, Any]:
@@ -171,11 +200,16 @@ def urform_config(
         ValueError: It cannot be expressed; the message lists every field that stands in the way.
     """
     family = family or find_family(stock)
+    stock = _as_read(stock)
     if head is None:
         named = [h for h in family.heads if h.stock in (stock.architectures or ())]
         head = (named or list(family.heads))[0]
     have = _public(stock)
     obstacles = {name: repr(have[name]) for name in _REFUSED if have.get(name)}
+    undeclared = have.keys() - _names(stock)
+    obstacles |= {
+        n: repr(have[n]) for n in sorted(_LOOKED_FOR.keys() & undeclared) if not _LOOKED_FOR[n](stock, family)
+    }
     fields = family.to_urform(stock, head)
     extras = copy.deepcopy(have.get("urform") or {})
     if untied:

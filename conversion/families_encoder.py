@@ -4,7 +4,7 @@
 from typing import Any
 
 from ..configuration.configuration_urform import UrformConfig
-from .families_decoder import ROPE, classifier_rate, rope_per_type
+from .families_decoder import ROPE, USUAL_HEAD_DIM, classifier_rate, rope_per_type
 from .family import PARTS, Axis, Family, Head, Op, Rule, modules, same
 
 # The bias of BERT's output projection has a second name; where the projection is not tied, it is a second tensor that
@@ -342,7 +342,7 @@ MODERNBERT = Family(
         Axis(_modernbert_to_urform, _modernbert_to_stock),
     ),
     training_only=("embedding_dropout", "sparse_prediction"),
-    idle={"sparse_pred_ignore_index": lambda stock: not stock.sparse_prediction},
+    idle={"sparse_pred_ignore_index": lambda stock: not stock.sparse_prediction, **USUAL_HEAD_DIM},
     ignored=(
         "local_attention",
         "cls_token_id",
