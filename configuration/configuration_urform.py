@@ -150,6 +150,8 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         source_family: The transformers model type of its weights (`from_transformers`) or its preset, to which
             `to_transformers` goes back.
         source_fields: What that family's config held that changes no number here, for the way back.
+        source_weights: {name there: [dtype, shape]} of tensors that have no place here (BERT's pooler): the model holds
+            them as buffers that nothing reads, for the way back.
 
     Raises:
         ValueError: A field that does not exist, or fields that do not go together; the message says which and what
@@ -251,6 +253,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     decoder_start_from_labels: bool = False
     source_family: str | None = None
     source_fields: dict | None = None
+    source_weights: dict[str, list] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for alias in self.attribute_map.keys() & kwargs.keys():
@@ -258,6 +261,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         self._refuse_unknown(kwargs)
         self.rope_parameters = copy.deepcopy(self.rope_parameters)  # the library writes into it; the caller's stays
         self.source_fields = copy.deepcopy(self.source_fields)
+        self.source_weights = copy.deepcopy(self.source_weights)
         self.is_encoder_decoder = self.architecture == "encoder-decoder"
         if self.architecture == "encoder":  # transformers takes a config with a plan for one that generates
             self.base_model_tp_plan = None  # type: ignore[misc]  # the encoder's plan is on `UrformStack`

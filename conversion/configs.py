@@ -7,7 +7,7 @@ refused, all of it in one message; what did not survive and changes none is kept
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
@@ -22,8 +22,8 @@ from .family import Family, Head
 
 # What no config field says about numbers, on either side.
 _BOOKKEEPING = frozenset(
-    "architectures transformers_version dtype torch_dtype model_type name_or_path source_family source_fields urform "
-    "attn_implementation auto_map base_model_tp_plan".split()
+    "architectures transformers_version dtype torch_dtype model_type name_or_path source_family source_fields "
+    "source_weights urform attn_implementation auto_map base_model_tp_plan".split()
 )
 _TRAINING_ONLY = frozenset(
     "hidden_dropout_prob attention_dropout activation_dropout classifier_dropout freeze_pad_embedding".split()
@@ -170,15 +170,19 @@ def find_family(stock: PreTrainedConfig) -> Family:
     return family
 
 
-def find_head(family: Family, *, stock: str | None = None, ours: str | None = None) -> Head:
+def find_head(
+    family: Family, *, stock: str | None = None, ours: str | None = None, came_as: Collection[str] = ()
+) -> Head:
     """The row of a family's table for a stock class or for one of ours.
+
+    Where two stock classes are one of ours, it is the first, or the one among `came_as`.
 
     Raises:
         ValueError: It has none.
     """
-    for head in family.heads:
-        if (head.stock if stock else head.ours) == (stock or ours):
-            return head
+    found = [head for head in family.heads if (head.stock if stock else head.ours) == (stock or ours)]
+    if found:
+        return next((head for head in found if head.stock in came_as), found[0])
     have = ", ".join(dict.fromkeys(head.stock if stock else head.ours for head in family.heads))
     raise ValueError(
         f"{stock or ours} has no counterpart in the family {family.model_type!r}; there is one for: {have}"
@@ -244,6 +248,8 @@ def urform_config(
             stacklevel=3,
         )
     if "source_family" not in extras:
+        if head is not find_head(family, ours=head.ours):  # two classes there are one here
+            kept["architectures"] = [head.stock]
         config.source_family, config.source_fields = family.model_type, kept or None
     return config
 
@@ -342,7 +348,9 @@ def choose_family(config: UrformConfig, ours: str, name: str | None = None) -> t
     name = name or config.source_family
     if name is not None and name in FAMILIES:
         family = FAMILIES[name]
-        head = find_head(family, ours=ours)
+        fields = config.source_fields if name == config.source_family and config.source_weights else None
+        came_as = (fields or {}).get("architectures", ())
+        head = find_head(family, ours=ours, came_as=came_as)
         return family, head, stock_config(config, family, head)
     reasons = []
     for family in FAMILIES.values():

@@ -99,6 +99,8 @@ RESHAPED = Op(_shape, _shape)
 PARTS = Op(_cut, _join)  # one tensor there is several here, one below the other: q|k|v, gate|up
 TRANSPOSED_PARTS = Op(lambda x, s, c: _cut(_turn(x, s, c), s, c), lambda x, s, c: _turn(_join(x, s, c), s, c))
 INTERLEAVED = Op(_deal, _shuffle)  # (head, q|k|v, width) there
+# Two names there for one tensor. Untied they are two, of which nothing reads the second (BERT's output bias).
+TWICE = Op(lambda tensors, shapes, config: tensors[:1], lambda tensors, shapes, config: (tensors[0], tensors[0]))
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ class Head:
         weights: Rules of the head's tensors, with full names on both sides.
         fixed: Fields of our config that this head fixes, over the family's.
         axes: Config axes of this head alone, after the family's.
-        dropped: Regular expressions for stock tensors (full names) that have no place here and are left behind, with a
-            warning; on the way back they are as the class initialises them.
+        dropped: Regular expressions for stock tensors (full names) that have no place here; they are kept for the way
+            back (`UrformConfig.source_weights`).
         options: Keywords with which the stock class is built (BERT: `add_pooling_layer=False`).
         renamed: {name in checkpoints: name in the class}, where transformers renames when it loads and saves.
     """

@@ -34,6 +34,7 @@ from .attention_interface import register_attention
 from .kernels.attention_layouts import Layout
 from .kernels.dropout_bits import dropout
 from .layers_urform import (
+    SourceWeights,
     UrformAttention,
     UrformEmbedding,
     UrformLayer,
@@ -138,6 +139,9 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
                     init.zeros_(module.weight[module.padding_idx])
         elif getattr(module, "offset", 0.0):
             init.constant_(module.weight, 1.0 - module.offset)
+        elif isinstance(module, SourceWeights):
+            for buffer in module.buffers():
+                init.zeros_(buffer)
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:

@@ -311,11 +311,13 @@ def test_berts_old_names(tmp_path: Path) -> None:
     same_state(urform.from_transformers(tmp_path), urform.from_transformers(stock))
 
 
-def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
+def test_a_tensor_without_a_place_is_kept_and_named(tmp_path: Path) -> None:
     model_of("LlamaForCausalLM").save_pretrained(tmp_path)
     rewrite(tmp_path, lambda state: {**state, "model.extra.weight": torch.ones(2)})
-    with pytest.warns(UserWarning, match=r"no place for model\.extra\.weight"):
-        urform.from_transformers(tmp_path)
+    ours = urform.from_transformers(tmp_path)
+    assert ours.config.source_weights == {"model.extra.weight": ["float32", [2]]}
+    with pytest.warns(UserWarning, match=r"model\.extra\.weight came along, but LlamaForCausalLM has no place"):
+        urform.to_transformers(ours)
 
 
 def test_a_tied_tensor_under_either_name(tmp_path: Path) -> None:
