@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from ..configuration.checks_urform import LARGEST, check_architectures, read_json
 from ..configuration.configuration_urform import UrformConfig
 from .convert import Conversion, assemble, our_class, prepare_from, prepare_to, stock_class
 from .families import FAMILIES
@@ -30,6 +31,7 @@ from .tensors import Side, reader, run_step
 _INDEX = "model.safetensors.index.json"
 _CARRIED = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _NOT_CARRIED = ("config.json", "*.index.json", "requirements.txt", "generation_config.json", "adapter_config.json")
+_LAYERS = set("num_hidden_layers n_layer n_layers num_layers num_decoder_layers encoder_layers decoder_layers".split())
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -75,7 +77,10 @@ def _weight_files(folder: Path) -> list[str]:
     index = folder / _INDEX
     if not index.is_file():
         return ["model.safetensors"]
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise ValueError(f"{index} has no weight_map of tensors and files; repair it")
+    names = sorted(set(table.values()))
     strange = [name for name in names if Path(name).name != name]
     if strange:
         raise ValueError(f"{index} names {strange}, which are outside of its folder")
@@ -146,7 +151,14 @@ class Shards(Mapping[str, Tensor]):
 
 def _config(folder: Path) -> tuple[PreTrainedConfig, str]:
     """The config of a checkpoint and the class that it is of."""
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    given = read_json(folder / "config.json")
+    check_architectures(given.get("architectures"))
+    for name in _LAYERS & given.keys():  # before the library makes lists of that length
+        if isinstance(given[name], int) and given[name] > LARGEST["num_hidden_layers"]:
+            raise ValueError(
+                f"{folder / 'config.json'}: {name}={given[name]} is more than {LARGEST['num_hidden_layers']}"
+            )
+    model_type = given.get("model_type")
     if model_type != UrformConfig.model_type and model_type not in FAMILIES:
         raise ValueError(
             f"{folder} is of model_type={model_type!r}, no family that Urform converts; there are: "
@@ -307,7 +319,7 @@ def _carry_files(source: Path, target: Path) -> None:
         if path.is_file() and any(path.match(p) for p in _CARRIED) and not any(path.match(p) for p in _NOT_CARRIED):
             shutil.copyfile(path, target / path.name)
     path = target / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     if not settings and not (target / "tokenizer.json").is_file():
         return
     found = type(AutoTokenizer.from_pretrained(source))

@@ -15,10 +15,11 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from ..configuration.checks_urform import check_size
 from ..configuration.configuration_urform import READ_BY_LIBRARY, UrformConfig
 from ..modeling import modeling_urform
 from .families import FAMILIES
-from .family import Family, Head
+from .family import TOKEN_IDS, Family, Head
 
 # What no config field says about numbers, on either side.
 _BOOKKEEPING = frozenset(
@@ -209,6 +210,7 @@ def urform_config(
         named = [h for h in family.heads if h.stock in (stock.architectures or ())]
         head = (named or list(family.heads))[0]
     have = _public(stock)
+    check_size("num_hidden_layers", stock.num_hidden_layers)  # before lists of that length are made
     obstacles = {name: repr(have[name]) for name in _REFUSED if have.get(name)}
     undeclared = have.keys() - _names(stock)
     obstacles |= {
@@ -231,7 +233,9 @@ def urform_config(
             continue
         if name == "tie_word_embeddings" and untied:
             continue
-        if name in family.training_only:
+        if name in TOKEN_IDS and fields.get(name) is None:  # no token of this vocabulary
+            kept[name] = value
+        elif name in family.training_only:
             lost[name] = kept[name] = value
         elif family.idle[name](stock) if name in family.idle else name in family.ignored:
             kept[name] = value

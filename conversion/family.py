@@ -55,6 +55,7 @@ COMMON = (
     "id2label label2id problem_type output_hidden_states return_dict chunk_size_feed_forward use_cache pad_token_id "
     "bos_token_id eos_token_id tie_word_embeddings"
 ).split()
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 
 class Op(NamedTuple):
@@ -220,6 +221,10 @@ class Family:
         fields.update(head.fixed)
         for axis in (*self.axes, *head.axes):
             fields.update(axis.to_urform(stock))
+        for name in TOKEN_IDS:  # checkpoints have -1 for none, and tiny ones the ids of the large
+            value = fields.get(name)
+            if any(not 0 <= i < fields["vocab_size"] for i in (value if isinstance(value, list) else [value or 0])):
+                fields[name] = None
         return fields
 
     def to_stock(self, config: UrformConfig, head: Head) -> dict[str, Any]:
