@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..configuration.checkpoint_files import INDEX_NAME, read_weight_map, refuse_link
+from ..configuration.checks_urform import LARGEST, check_architectures, read_json
 from ..configuration.configuration_urform import UrformConfig
 from ..publishing.checkpoint_source import need_source
 from .convert import Conversion, assemble, our_class, prepare_from, prepare_to, stock_class
@@ -30,6 +31,7 @@ from .tensors import Side, reader, run_step
 
 _CARRIED = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _NOT_CARRIED = ("config.json", "*.index.json", "requirements.txt", "generation_config.json", "adapter_config.json")
+_LAYERS = set("num_hidden_layers n_layer n_layers num_layers num_decoder_layers encoder_layers decoder_layers".split())
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -141,7 +143,14 @@ class Shards(Mapping[str, Tensor]):
 
 def _config(folder: Path) -> tuple[PreTrainedConfig, str]:
     """The config of a checkpoint and the class that it is of."""
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    given = read_json(folder / "config.json")
+    check_architectures(given.get("architectures"))
+    for name in _LAYERS & given.keys():  # before the library makes lists of that length
+        if isinstance(given[name], int) and given[name] > LARGEST["num_hidden_layers"]:
+            raise ValueError(
+                f"{folder / 'config.json'}: {name}={given[name]} is more than {LARGEST['num_hidden_layers']}"
+            )
+    model_type = given.get("model_type")
     if model_type != UrformConfig.model_type and model_type not in FAMILIES:
         raise ValueError(
             f"{folder} is of model_type={model_type!r}, no family that Urform converts; there are: "
@@ -303,7 +312,7 @@ def _carry_files(source: Path, target: Path) -> None:
             refuse_link(source, path)  # the target may be published
             shutil.copyfile(path, target / path.name)
     path = target / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     if not settings and not (target / "tokenizer.json").is_file():
         return
     found = type(AutoTokenizer.from_pretrained(source))

@@ -75,11 +75,18 @@ def classifier_rate(config: UrformConfig) -> float:
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
 
 
-# transformers' token classifiers read an attribute that most of their configs do not declare; 0.1 where it is missing.
+def _token_rate(stock: Any) -> float:
+    """Dropout before transformers' token classifiers: the first of two fields, few of which a config declares."""
+    rates = (getattr(stock, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+    return next((rate for rate in rates if rate is not None), 0.1)
+
+
 _TOKEN_DROPOUT = Axis(
-    lambda stock: {"classifier_dropout": 0.1 if (rate := getattr(stock, "classifier_dropout", None)) is None else rate},
+    lambda stock: {"classifier_dropout": _token_rate(stock)},
     lambda config: {} if (rate := classifier_rate(config)) == 0.1 else {"classifier_dropout": rate},
 )
+# GPT-NeoX and ModernBERT cut their heads from `hidden_size`, but rotate `head_dim` features where a config has it.
+USUAL_HEAD_DIM = {"head_dim": lambda stock: stock.head_dim in (None, stock.hidden_size // stock.num_attention_heads)}
 _DECODER = {
     "architecture": "decoder",
     "norm_position": "pre",
@@ -243,6 +250,7 @@ GPT_NEOX = Family(
         ),
     ),
     ignored=("is_decoder",),
+    idle=USUAL_HEAD_DIM,
 )
 
 BLOOM = Family(
@@ -252,7 +260,16 @@ BLOOM = Family(
         "Bloom",
         *_ALL,
         tokens="classifier",
-        token_axes=(Axis(lambda stock: {"classifier_dropout": None}, lambda config: {}),),
+        token_axes=(
+            Axis(
+                lambda stock: {"classifier_dropout": _token_rate(stock)},
+                lambda config: (
+                    {}
+                    if (rate := classifier_rate(config)) == config.hidden_dropout_prob
+                    else {"classifier_dropout": rate}
+                ),
+            ),
+        ),
     ),
     weights=(
         Rule("word_embeddings.weight", "decoder.embed_tokens.weight"),

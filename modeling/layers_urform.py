@@ -525,3 +525,16 @@ def pool(hidden: Tensor, real: Tensor, config: UrformConfig) -> Tensor:
     places = torch.arange(hidden.shape[1], device=hidden.device)
     place = (places * real).amax(1) if how == "last" else real.long().argmax(1)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), place]
+
+
+class SourceWeights(nn.Module):
+    """Tensors of the model that this one was converted from, which nothing reads here; kept for the way back.
+
+    Args:
+        tensors: `config.source_weights`; the buffers are called by the names there, with `/` for `.`.
+    """
+
+    def __init__(self, tensors: dict[str, list]):
+        super().__init__()
+        for name, (dtype, shape) in tensors.items():
+            self.register_buffer(name.replace(".", "/"), torch.zeros(shape, dtype=getattr(torch, dtype)))

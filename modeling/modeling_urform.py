@@ -35,7 +35,7 @@ from transformers.utils import can_return_tuple
 from ..configuration.configuration_urform import UrformConfig
 from .caches_urform import CACHE, cache_field, cache_of, given_cache
 from .kernels.loss_linear_cross_entropy import linear_cross_entropy
-from .layers_urform import UrformClassifier, UrformTransform, keep_logits, pool, real_tokens
+from .layers_urform import SourceWeights, UrformClassifier, UrformTransform, keep_logits, pool, real_tokens
 from .packing_urform import find_documents, follows_its_own
 from .stack_urform import UrformDecoder, UrformEncoder, UrformPreTrainedModel
 
@@ -102,6 +102,8 @@ class UrformModel(UrformPreTrainedModel):
             self.encoder = UrformEncoder(config)
         if config.architecture != "encoder":
             self.decoder = UrformDecoder(config)
+        if config.source_weights:
+            self.source_weights = SourceWeights(config.source_weights)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -250,7 +252,7 @@ class UrformEncoderModel(UrformPreTrainedModel):
     """The encoder alone, of an encoder or of an encoder-decoder: text to vectors."""
 
     _architectures = ("encoder", "encoder-decoder")
-    _keys_to_ignore_on_load_unexpected = [r"decoder\..*", r"lm_head\..*"]
+    _keys_to_ignore_on_load_unexpected = [r"decoder\..*", r"lm_head\..*", r"source_weights\..*"]
 
     def __init__(self, config: UrformConfig):
         super().__init__(config)

@@ -37,6 +37,7 @@ from .caches_urform import CACHE, cache_field, given_cache
 from .kernels.attention_layouts import Layout
 from .kernels.dropout_bits import dropout
 from .layers_urform import (
+    SourceWeights,
     UrformAttention,
     UrformEmbedding,
     UrformLayer,
@@ -152,6 +153,9 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
                     init.zeros_(module.weight[module.padding_idx])
         elif getattr(module, "offset", 0.0):
             init.constant_(module.weight, 1.0 - module.offset)
+        elif isinstance(module, SourceWeights):
+            for buffer in module.buffers():
+                init.zeros_(buffer)
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
