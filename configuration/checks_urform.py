@@ -155,7 +155,7 @@ def check_rope(parameters: Any, where: str, head_dim: int) -> None:
     part = parameters.get("partial_rotary_factor", 1.0)
     check_number(f"{where}['partial_rotary_factor']", part, 0.0)
     rotated = int(head_dim * part)
-    if not 2 <= rotated <= head_dim:
+    if not (1 if kind in ("default", "linear") else 2) <= rotated <= head_dim:
         raise ValueError(f"{where}['partial_rotary_factor']={part} rotates {rotated} of head_dim={head_dim} features")
     if kind == "dynamic" and rotated < 4:
         raise ValueError(f"{where} of rope_type='dynamic' needs at least 4 rotated features; there are {rotated}")

@@ -35,6 +35,7 @@ _WITHOUT_EFFECT = _BOOKKEEPING | frozenset(
 )
 # What a config raises that cannot be; AttributeError in 5.17 where it does not expect rotary parameters per layer type.
 _INVALID = (ValueError, StrictDataclassError, AttributeError)
+LENGTH_ROPES = ("dynamic", "longrope")  # the rotary scalings whose frequencies follow a length
 _REFUSED = ("quantization_config", "auto_map", "per_layer_config")
 
 
@@ -139,6 +140,7 @@ def what_matters(config: UrformConfig, ours: str) -> dict[str, Any]:
         "sinusoidal_layout": positions == "sinusoidal",
         **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), positions == "t5"),
         "rope_parameters": positions == "rope",
+        "rope_length": positions == "rope" and any(p["rope_type"] in LENGTH_ROPES for p in _rope(config).values()),
         "sliding_window": sliding,
         "norm_bias": config.norm_type == "layernorm",
         **dict.fromkeys(("share_embeddings", *(name for name in names if name.startswith("decoder_"))), pairs),

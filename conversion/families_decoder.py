@@ -47,6 +47,13 @@ _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 _ALL = (*_CLASSIFIERS, "ForQuestionAnswering")
 
 
+def _rope_to_urform(rope: dict[str, Any]) -> dict[str, Any]:
+    """The rotary fields; where frequencies follow a length, it is the batch's longest, as in the stock classes."""
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    follows = {"rope_length": "batch"} if kinds & {"dynamic", "longrope"} else {}
+    return {"rope_parameters": copy.deepcopy(rope), **follows}
+
+
 def _rope_to_stock(config: UrformConfig) -> dict[str, Any]:
     return {"rope_parameters": copy.deepcopy(config.rope_parameters)}
 
@@ -64,10 +71,10 @@ def _as_read(rope: dict[str, Any], per_layer_type: bool = False) -> dict[str, An
     }
 
 
-PARTIAL_ROPE = Axis(lambda stock: {"rope_parameters": copy.deepcopy(stock.rope_parameters)}, _rope_to_stock)
+PARTIAL_ROPE = Axis(lambda stock: _rope_to_urform(stock.rope_parameters), _rope_to_stock)
 # For classes whose attention rotates whole heads, whatever `partial_rotary_factor` says. What is overlooked does not
 # survive the way there and back, and so is refused.
-ROPE = Axis(lambda stock: {"rope_parameters": copy.deepcopy(_as_read(stock.rope_parameters))}, _rope_to_stock)
+ROPE = Axis(lambda stock: _rope_to_urform(_as_read(stock.rope_parameters)), _rope_to_stock)
 
 
 def classifier_rate(config: UrformConfig) -> float:

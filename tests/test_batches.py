@@ -142,13 +142,16 @@ def test_rope_length_of_the_batch_is_the_stock_classes(kind: str) -> None:
         )
     ).eval()
     model = urform.from_transformers(stock).eval()
-    model.config.rope_length = "batch"
+    assert model.config.rope_length == "batch"
+    urform.to_transformers(model)
     short, long, padded = short_and_long()
     with torch.no_grad():
         real = padded["attention_mask"].bool()
         want = copy.deepcopy(stock)(**padded).logits[real]
         torch.testing.assert_close(model(**padded).logits[real], want, atol=1e-5, rtol=1e-5)
-        model.config.rope_length = "sequence"
+        model.config.rope_length = "sequence"  # which no stock class computes
+        with pytest.raises(ValueError, match="rope_length='sequence'"):
+            urform.to_transformers(model)
         for ids in (short, long):
             want = copy.deepcopy(stock)(ids).logits  # its class remembers the longest input: a new one for each
             torch.testing.assert_close(model(ids).logits, want, atol=1e-5, rtol=1e-5)
