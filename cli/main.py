@@ -46,7 +46,7 @@ ModelDir = Annotated[Path, typer.Argument(help="Folder of a trained model (or of
 
 @contextmanager
 def _clean_errors(debug: bool) -> Iterator[None]:
-    """One line on stderr instead of a traceback for everything a user can mend."""
+    """A short message on stderr instead of a traceback for everything a user can mend."""
     try:
         yield
     except typer.Exit:
@@ -62,7 +62,7 @@ def _clean_errors(debug: bool) -> Iterator[None]:
     except (ImportError, OSError, RuntimeError) as error:
         if debug:
             raise
-        _fail(f"{type(error).__name__}: {error}", 1)
+        _fail(f"{type(error).__name__}: {' '.join(str(error).split())}", 1)  # a library's: one line
 
 
 def _fail(message: str, code: int) -> None:
