@@ -40,8 +40,9 @@ from urform.configuration.bundle_stamp import (
     write_stamp,
 )
 from urform.configuration.bundle_urform import auto_map, package_version, write_code
+from urform.configuration.checkpoint_files import read_json, refuse_links
 from urform.publishing.card_pictures import ALIGNMENT_NAME, CURVE_NAME
-from urform.publishing.checkpoint_checks import check_checkpoint, read_json, refuse_secrets
+from urform.publishing.checkpoint_checks import check_checkpoint, refuse_secrets
 from urform.publishing.model_card import is_placeholder, make_card, read_card_data, update_card
 from urform.publishing.training_record import read_record
 from urform.publishing.verification import verify_bundle
@@ -125,11 +126,13 @@ def upload_bundle(
     meanwhile, nothing happens.
 
     Raises:
-        ValueError: no token; the repository is public where `private` is asked; somebody else pushed meanwhile.
+        ValueError: no token; a link that leads out of `directory`; the repository is public where `private` is asked;
+            somebody else pushed meanwhile.
         OSError, RuntimeError: what huggingface_hub raises when the Hub refuses or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
+    refuse_links(directory, everything=True)
     if get_token() is None:
         raise ValueError("there is no Hugging Face token: run `hf auth login`, or set HF_TOKEN.")
     folder, api = Path(directory), HfApi(library_name="urform", library_version=package_version())

@@ -34,6 +34,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from urform.dependencies import install_command
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "urform"
@@ -83,6 +85,7 @@ def arguments(doc: str | None, *, repeats: int, warmup: int = 2, sizes: Sequence
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for tests: the numbers mean nothing")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the ratios (needs matplotlib)")
     parser.add_argument("--no-record", action="store_true", help="do not append rows to benchmarks/results/")
+    parser.add_argument("--dirty", action="store_true", help="record rows of code that is not committed; they say so")
     return parser
 
 
@@ -165,18 +168,27 @@ def machine(device: str) -> dict[str, Any]:
     return {"device": {"kind": device, **cpu_info(), **gpu}, "threads": torch.get_num_threads(), "versions": versions}
 
 
+# What cannot change a number that is measured, and what a run writes itself.
+NOT_MEASURED = (":!benchmarks/results", ":!docs", ":!tests", ":!*.md", ":!outputs")
+
+
 def git_state() -> dict[str, Any]:
-    """Give the commit and whether tracked files differ from it (results apart); None without git."""
+    """Give the commit, whether the code that is measured differs from it, and in which files; None without git.
+
+    Files that git does not know count too, for they may be imported.
+    """
 
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         except FileNotFoundError:
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return done.stdout.rstrip() if done.returncode == 0 else None
 
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return {"commit": git("rev-parse", "--short", "HEAD"), "dirty": None if changes is None else bool(changes)}
+    lines = git("status", "--porcelain", "--", ".", *NOT_MEASURED)
+    changed = None if lines is None else sorted(line[3:] for line in lines.splitlines())
+    commit = git("rev-parse", "--short", "HEAD")
+    return {"commit": commit, "dirty": None if changed is None else bool(changed), "changed": changed}
 
 
 class Bench:
@@ -192,9 +204,15 @@ class Bench:
         if options.device == "cuda" and not torch.cuda.is_available():
             raise SystemExit("--device cuda: torch finds no CUDA device here; use --device cpu")
         if options.plot and importlib.util.find_spec("matplotlib") is None:
-            raise SystemExit("--plot needs matplotlib, which is not installed; pip install 'urform[bench]'")
+            raise SystemExit(f"--plot needs matplotlib, which is not installed; {install_command('bench')}")
         if options.repeats < 1 or options.warmup < 1:
             raise SystemExit(f"--repeats {options.repeats} --warmup {options.warmup}: both must be at least 1")
+        self.code = git_state()  # when the code is loaded: what is edited during the run is not what is measured
+        if self.code["dirty"] and not (options.no_record or options.dirty or options.quick):
+            raise SystemExit(
+                f"results are recorded from a clean tree, and {', '.join(self.code['changed'])} differ from "
+                f"{self.code['commit']}: commit them, or give --no-record (or --dirty, which names them in the rows)"
+            )
         if options.threads or options.device == "cpu":
             torch.set_num_threads(options.threads or 2)
         torch.manual_seed(0)
@@ -283,7 +301,7 @@ class Bench:
             "ratios": ratios(measured, samples),
             "quick": self.options.quick,
             **self.machine,
-            **git_state(),
+            **self.code,
             "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "command": self.command,
         }

@@ -10,16 +10,16 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import time
 from pathlib import Path
 
 import torch
 import transformers
 import yaml
+from harness import RESULTS as FOLDER
+from harness import git_state
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "multi30k-en-de.jsonl"
+RESULTS = FOLDER / "multi30k-en-de.jsonl"
 
 
 def cpu_name() -> str:
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--commit", help="of a finished run; default: the one checked out")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
+    code = {"commit": options.commit, "dirty": None, "changed": None} if options.commit else git_state()
     minutes = options.cpu_minutes
     if not (options.output_dir / "results.json").exists():
         if options.data_dir is None:
@@ -53,7 +54,6 @@ def main() -> None:
     recipe = yaml.safe_load((options.output_dir / "recipe.yaml").read_text())
     recipe["data"].pop("data_dir", None)
     recipe["training"].pop("output_dir", None)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     row = {
         **{key: metrics["test"][key] for key in ("bleu", "bleu_signature", "bleu_tok_lc", "bleu_tok_lc_tokenizer")},
         "chrf": metrics["test"]["chrf"],
@@ -63,7 +63,7 @@ def main() -> None:
         "device": f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else f"cpu: {cpu_name()}",
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "commit": options.commit or commit.strip(),
+        **code,
         "date": time.strftime("%Y-%m-%d"),
         "recipe": recipe,
         "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],

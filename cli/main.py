@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
+from .. import __version__
+from ..dependencies import missing_dependency
+
 try:
     import typer
-except ModuleNotFoundError:  # pragma: no cover
-    sys.exit("urform: the command line needs typer: pip install 'urform[train]'")
+except ModuleNotFoundError as error:
+    sys.exit(f"urform: {missing_dependency(error.name or 'typer', 'the command line')}")
 
 __all__ = ["app", "main"]
 
@@ -24,10 +28,11 @@ app = typer.Typer(
     name="urform",
     help="One Transformer for Hugging Face: train it, score it, use it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -61,9 +66,32 @@ def _clean_errors(debug: bool) -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> None:
-    lines = [line for line in message.splitlines() if line.strip()] or ["failed"]
-    typer.echo(f"urform: {' '.join(line.strip() for line in lines)}", err=True)
+    lines = [line.rstrip() for line in message.splitlines() if line.strip()] or ["failed"]
+    typer.echo("\n".join([f"urform: {lines[0].lstrip()}", *lines[1:]]), err=True)
     raise typer.Exit(code)
+
+
+def _put(text: str) -> None:
+    """Write a line of results; end quietly where nobody reads them any more (`| head -1`)."""
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer must go somewhere when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(CLOSED_PIPE) from None
+
+
+def _need_model(model_dir: Path) -> None:
+    """Refuse a folder that holds no model before torch is imported."""
+    if not model_dir.is_dir():
+        raise FileNotFoundError(f"no such model folder: {model_dir}")
+
+
+def _need_files(*files: Path | None) -> None:
+    for file in files:
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"no such file: {file}")
 
 
 @contextmanager
@@ -82,6 +110,29 @@ def _set_up_logging(quiet: bool) -> None:
     if quiet:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        _put(f"urform {__version__} (transformers {version('transformers')}, torch {version('torch')})")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    from ..training.recipe import list_recipes
+
+    return [name for name in list_recipes() if name.startswith(incomplete)]
 
 
 @app.command()
@@ -111,16 +162,23 @@ def demo(
             overrides=overrides or (),
             train_phrases=train_phrases,
             test_phrases=test_phrases,
-            say=lambda line: typer.echo(line),
+            say=_put,
         )
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="Path of a YAML recipe, or the name of one (see --list).")] = "",
+    recipe: Annotated[
+        str,
+        typer.Argument(help="Path of a YAML recipe, or the name of one (see --list).", autocompletion=_recipe_names),
+    ] = "",
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes: key=value, e.g. max_steps=100.")] = None,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Where everything goes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")] = False,
+    allow_changes: Annotated[
+        list[str] | None,
+        typer.Option("--allow-change", help="With --resume: a value that may differ, e.g. data or training.seed."),
+    ] = None,
     list_names: Annotated[bool, typer.Option("--list", help="List the recipes that come with urform.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -131,33 +189,54 @@ def train(
     processes: accelerate launch --num_processes N -m urform.cli.main train RECIPE ...
     """
     with _clean_errors(debug):
-        _set_up_logging(quiet)
-        from ..training.recipe import list_recipes
+        from ..training.recipe import list_recipes, read_recipe
 
         if list_names:
-            typer.echo("\n".join(list_recipes()))
+            _put("\n".join(list_recipes()))
             return
         if not recipe:
             raise ValueError(f"name a recipe: a YAML file or one of {', '.join(list_recipes())}")
+        changes = [*(overrides or ()), *(["training.disable_tqdm=true"] if quiet else [])]
+        read_recipe(recipe, changes, output_dir=output_dir)  # its faults are told before torch is imported
+        _set_up_logging(quiet)
         from ..training.run import train as run_train
         from ..training.trainer import TrainingInterruptedError
 
-        changes = [*(overrides or ()), *(["training.disable_tqdm=true"] if quiet else [])]
         try:
             with redirect_stdout(sys.stderr):  # Trainer prints its log
-                result = run_train(recipe, changes, resume=resume, output_dir=output_dir)
+                result = run_train(
+                    recipe, changes, resume=resume, output_dir=output_dir, allow_changes=allow_changes or ()
+                )
         except TrainingInterruptedError as interrupted:
             if debug:
                 raise
             _fail(f"{interrupted}; the same command with --resume goes on", 128 + interrupted.signal_number)
-        typer.echo(json.dumps({"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics},
-                              ensure_ascii=False, indent=1))  # fmt: skip
+        _put(json.dumps({"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics},
+                        ensure_ascii=False, indent=1))  # fmt: skip
+
+
+_LM_EVAL_ONLY = ("include_path", "num_fewshot", "limit")
+_PARALLEL_ONLY = ("source", "target", "source_field", "target_field", "language", "output", "prefix", "num_beams",
+                  "length_penalty", "max_new_tokens")  # fmt: skip
+
+
+def _refuse_options(context: typer.Context, names: Sequence[str], lm_eval: bool) -> None:
+    """Refuse what was given on the command line and would have no effect."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = name.upper() if name in ("source", "target") else "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{option} has no effect {'with' if lm_eval else 'without'} --lm-eval; leave it out"
+                + (" (write --lm-eval once per task)" if option in ("SOURCE", "TARGET") else "")
+            )
 
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     model_dir: ModelDir,
-    source: Annotated[Path, typer.Argument(help="Source text, or one .tsv/.jsonl file with both sides.")],
+    source: Annotated[Path | None, typer.Argument(help="Source text, or one .tsv/.jsonl file with both sides.")] = None,
     target: Annotated[Path | None, typer.Argument(help="References, line by line.")] = None,
     source_field: Annotated[str, typer.Option(help="Column or field of the source.")] = "0",
     target_field: Annotated[str, typer.Option(help="Column or field of the reference.")] = "1",
@@ -168,11 +247,35 @@ def evaluate(
     length_penalty: LengthPenalty = 1.0,
     batch_size: BatchSize = 64,
     max_new_tokens: MaxNewTokens = None,
+    lm_eval: Annotated[
+        list[str] | None, typer.Option("--lm-eval", metavar="TASK", help="Task of lm-eval; may be repeated.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval tasks of your own.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in front of each lm-eval question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each lm-eval task.")] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Score a model on a parallel test set: sacreBLEU, tokenized lower-cased BLEU, chrF, exact match, as JSON."""
+    """Score a model on a parallel test set: sacreBLEU, tokenized lower-cased BLEU, chrF, exact match, as JSON.
+
+    With --lm-eval, score a decoder or an encoder-decoder on tasks of the Language Model Evaluation Harness instead.
+    """
     with _clean_errors(debug):
+        _refuse_options(context, _LM_EVAL_ONLY if lm_eval is None else _PARALLEL_ONLY, lm_eval is not None)
+        _need_model(model_dir)
+        if lm_eval is not None:
+            _set_up_logging(quiet)
+            from ..training.harness import evaluate_harness
+
+            tasks = [name for names in lm_eval for name in names.split(",")]
+            limits: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
+            with redirect_stdout(sys.stderr):
+                metrics = evaluate_harness(model_dir, tasks, include_path=include_path, **limits)
+            _put(json.dumps(metrics, ensure_ascii=False, indent=1, default=float))
+            return
+        if source is None:
+            raise ValueError("name a file to score the model on, or a task of lm-eval: --lm-eval TASK")
+        _need_files(source, target)
         _set_up_logging(quiet)
         from ..training.data_files import read_parallel, read_records
         from ..training.run import evaluate as run_evaluate
@@ -196,15 +299,17 @@ def evaluate(
             )
         if output is not None:
             output.write_text("".join(f"{line}\n" for line in result.hypotheses), encoding="utf-8")
-        typer.echo(json.dumps(result.scores.to_dict(), ensure_ascii=False, indent=1))
+        _put(json.dumps(result.scores.to_dict(), ensure_ascii=False, indent=1))
 
 
 @app.command()
 def predict(
     model_dir: ModelDir,
     file: Annotated[
-        Path | None, typer.Argument(help="Text, one input per line (.gz and .xz too); default stdin.")
+        Path | None,
+        typer.Argument(help="Text, one input per line, or .tsv or .jsonl (.gz and .xz too); default stdin."),
     ] = None,
+    source_field: Annotated[str, typer.Option(help="Column of a .tsv or field of a .jsonl that is the source.")] = "0",
     prefix: Prefix = "",
     num_beams: Beams = 5,
     length_penalty: LengthPenalty = 1.0,
@@ -215,17 +320,18 @@ def predict(
 ) -> None:
     """Translate stdin or a file to stdout: one line out per line in, in order; an empty line stays empty."""
     with _clean_errors(debug):
+        _need_model(model_dir)
+        _need_files(file)
         _set_up_logging(quiet)
-        from ..training.data_files import open_lines
+        from ..training.data_files import open_sources
         from ..training.run import predict as run_predict
 
-        if file is not None and not file.is_file():
-            raise FileNotFoundError(f"no such file: {file}")
         for stream in (sys.stdin, sys.stdout):
             reconfigure = getattr(stream, "reconfigure", None)
             if reconfigure:
                 reconfigure(encoding="utf-8", newline="\n" if stream is sys.stdin else None)
-        lines = open_lines(file) if file is not None else (line.rstrip("\n").removesuffix("\r") for line in sys.stdin)
+        typed = (line.rstrip("\n").removesuffix("\r") for line in sys.stdin)
+        lines = typed if file is None else open_sources(file, source_field)
         with _progress(None, "translating", quiet) as progress:
             for line in run_predict(
                 model_dir,
@@ -237,8 +343,7 @@ def predict(
                 max_new_tokens=max_new_tokens,
                 progress=progress,
             ):
-                sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
+                _put(line)
 
 
 @app.command()
@@ -275,7 +380,7 @@ def push(
             say=lambda line: None if quiet else typer.echo(line, err=True),
         )
         if address:
-            typer.echo(address)
+            _put(address)
 
 
 @app.command()
@@ -293,7 +398,7 @@ def convert(
         _set_up_logging(quiet=True)
         from ..conversion.checkpoints import convert_checkpoint
 
-        typer.echo(convert_checkpoint(source, target, family, **({"revision": revision} if revision else {})))
+        _put(str(convert_checkpoint(source, target, family, **({"revision": revision} if revision else {}))))
 
 
 doctor = typer.Typer(help="Self-tests: this machine's kernels, a model's masks, a bundle.", no_args_is_help=True)
@@ -314,7 +419,7 @@ def kernels(
         from ..diagnostics.kernels_check import check_kernels
 
         report = check_kernels(device, backends=backends or None)
-        typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.to_text())
+        _put(json.dumps(report.to_dict(), indent=1) if as_json else report.to_text())
         if not report.ok:
             raise typer.Exit(1)
 
@@ -345,7 +450,7 @@ def isolation(
             device=device,
             trust_remote_code=trust_remote_code,
         )
-        typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.to_text())
+        _put(json.dumps(report.to_dict(), indent=1) if as_json else report.to_text())
         if not report.ok:
             raise typer.Exit(1)
 
@@ -363,7 +468,7 @@ def bundle(
         from ..diagnostics.bundle import check_bundle
 
         report = check_bundle(path_or_id, revision)
-        typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.to_text())
+        _put(json.dumps(report.to_dict(), indent=1) if as_json else report.to_text())
         if not report.ok:
             raise typer.Exit(1)
 

@@ -155,8 +155,8 @@ def version_warnings(stamp: Any, installed: str) -> Iterable[str]:
     if published > Version(installed):
         yield (
             f"this checkpoint was published with urform {published} and urform {installed} is installed, whose code is "
-            "used: what is newer than it is not computed. Update with `pip install -U urform`, or load the checkpoint "
-            "with its own code in a process that does not import urform (trust_remote_code=True)"
+            "used: what is newer than it is not computed. Update urform, or load the checkpoint with its own code in a "
+            "process that does not import urform (trust_remote_code=True)"
         )
     if layout != FORMAT:
         yield (

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle_stamp import CONFIG_KEY, NEEDS, STAMP_NAME, config_stamp, need_libraries, read_stamp, write_stamp
+from .checkpoint_files import INDEX_NAME, read_weight_map, refuse_pickled
 
 FOLDERS = ("configuration", "modeling", "modeling/kernels", "tokenization")
 ENTRIES = ("configuration_urform", "modeling_urform", "tokenization_urform")
@@ -270,7 +271,16 @@ class BundledCodeMixin:
                     "safetensors.torch.save_file and leave the argument out"
                 )
             kwargs["use_safetensors"] = True
+            _check_index(*args[:1], **kwargs)
         return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def _load_pretrained_model(
+        cls, model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load weights and adapters as transformers does, but no pickles, whatever named them."""
+        refuse_pickled(checkpoint_files)
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)  # type: ignore[misc]
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Push as transformers does, with everything that lets the repository load where Urform is not installed."""
@@ -322,6 +332,26 @@ class BundledCodeMixin:
             before = _remote_stamp(repo_id, kwargs.get("revision"), kwargs.get("token"))
             write_stamp(working_dir, package_version(), before)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+
+
+def _check_index(pretrained_model_name_or_path: Any = None, **options: Any) -> None:
+    """Refuse an index that names pickles before transformers reads one of them, as it does to find the dtype."""
+    from transformers.utils.hub import cached_file
+
+    if pretrained_model_name_or_path is None:
+        return
+    variant = options.get("variant")
+    name = INDEX_NAME if variant is None else INDEX_NAME.replace(".json", f".{variant}.json")
+    named = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    given = {key: options[key] for key in named if options.get(key) is not None}
+    given |= {f"_raise_exceptions_for_{what}": False for what in quiet}
+    try:
+        index = cached_file(str(pretrained_model_name_or_path), name, **given)
+    except OSError:  # no such folder or repository: transformers is about to say so
+        return
+    if index is not None:
+        read_weight_map(index)
 
 
 @contextlib.contextmanager

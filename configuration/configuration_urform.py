@@ -24,16 +24,35 @@ from .bundle_urform import IS_FLAT_COPY, BundledCodeMixin, package_version
 # isort: split
 import copy
 import difflib
+import functools
+import os
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import (
+    StrictDataclassClassValidationError,
+    StrictDataclassError,
+    StrictDataclassFieldValidationError,
+)
 from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
+from .checks_urform import (
+    LARGEST,
+    check_architectures,
+    check_dtype,
+    check_nesting,
+    check_number,
+    check_object,
+    check_rope,
+    check_size,
+    check_source_weights,
+    check_token_id,
+)
 from .presets_urform import PRESETS
 
 logger = logging.get_logger(__name__)
@@ -45,6 +64,13 @@ _LIBRARY_KEYS = frozenset(
     "model_type name_or_path torch_dtype num_labels output_attentions attn_implementation experts_implementation "
     "rope_theta rope_scaling partial_rotary_factor auto_map tokenizer_class quantization_config custom_pipelines "
     "task_specific_params finetuning_task trust_remote_code tie_last_hidden_states per_layer_config".split()
+)
+
+# What transformers reads of any config that has it, which no field of Urform's means: refused, never taken for a field
+# without effect.
+READ_BY_LIBRARY = frozenset(
+    "is_causal attention_chunk_size kv_sharing_modes num_kv_shared_layers original_max_position_embeddings "
+    "token_classification_bias text_config text_encoder".split()
 )
 
 _DECODER_SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
@@ -59,6 +85,20 @@ class StackSizes(NamedTuple):
     head_dim: int
     intermediate_size: int
     layer_types: list[str]
+
+
+class InvalidFieldError(StrictDataclassFieldValidationError, ValueError):
+    """A field of a type or a value that it cannot have."""
+
+    def __init__(self, message: str):
+        ValueError.__init__(self, message)
+
+
+class InvalidConfigError(StrictDataclassClassValidationError, ValueError):
+    """Fields that cannot be, or do not go together."""
+
+    def __init__(self, message: str):
+        ValueError.__init__(self, message)
 
 
 @strict
@@ -100,6 +140,8 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
             (Marian), or as in `"tensor2tensor"` and fairseq: halves, the slowest wave at exactly 1/10000 (M2M-100).
         rope_parameters: As in transformers: `rope_type`, `rope_theta`, `partial_rotary_factor`, scaling; or one such
             dict per layer type (Gemma 3).
+        rope_length: Which length the frequencies of "dynamic" and "longrope" scaling follow: each `"sequence"`'s
+            own, so that no row depends on its neighbours, or the `"batch"`'s longest (transformers' own classes).
         relative_attention_num_buckets, relative_attention_max_distance: T5's buckets.
         attention_bias: Bias in the query, key, value and output projections.
         attention_out_bias: Bias in the output projection, where it differs (Qwen 2). None: as `attention_bias`.
@@ -143,6 +185,8 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         source_family: The transformers model type of its weights (`from_transformers`) or its preset, to which
             `to_transformers` goes back.
         source_fields: What that family's config held that changes no number here, for the way back.
+        source_weights: {name there: [dtype, shape]} of tensors that have no place here (BERT's pooler): the model holds
+            them as buffers that nothing reads, for the way back.
 
     Raises:
         ValueError: A field that does not exist, or fields that do not go together; the message says which and what
@@ -150,12 +194,14 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     """
 
     model_type = "urform"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"d_model": "hidden_size"}
     # Relative to a stack, which keeps what matches its modules; transformers adds the prefix.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         **{f"layers.*.{a}.{p}_proj": "colwise" for a in ("self_attn", "cross_attn") for p in "qkv"},
         **{f"layers.*.{a}.o_proj": "rowwise" for a in ("self_attn", "cross_attn")},
+        **{f"layers.*.{a}.{p}_norm": "urform_heads" for a in ("self_attn", "cross_attn") for p in "qk"},
+        **dict.fromkeys(("position_bias", "position_bias.table"), "urform_heads"),  # see parallel_urform.py
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
@@ -197,6 +243,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     position_counting: Literal["mask", "columns", "tokens"] = "mask"
     sinusoidal_layout: Literal["interleaved", "halves", "tensor2tensor"] = "interleaved"
     rope_parameters: dict | None = None
+    rope_length: Literal["sequence", "batch"] = "sequence"
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
 
@@ -244,13 +291,16 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     decoder_start_from_labels: bool = False
     source_family: str | None = None
     source_fields: dict | None = None
+    source_weights: dict[str, list] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for alias in self.attribute_map.keys() & kwargs.keys():
             setattr(self, alias, kwargs.pop(alias))
         self._refuse_unknown(kwargs)
+        self._check_sizes(kwargs)
         self.rope_parameters = copy.deepcopy(self.rope_parameters)  # the library writes into it; the caller's stays
         self.source_fields = copy.deepcopy(self.source_fields)
+        self.source_weights = copy.deepcopy(self.source_weights)
         self.is_encoder_decoder = self.architecture == "encoder-decoder"
         if self.architecture == "encoder":  # transformers takes a config with a plan for one that generates
             self.base_model_tp_plan = None  # type: ignore[misc]  # the encoder's plan is on `UrformStack`
@@ -269,10 +319,37 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
             self._resolve_decoder()
         super().__post_init__(**kwargs)
 
+    def _check_sizes(self, kwargs: dict[str, Any]) -> None:
+        """Before anything is made in these sizes."""
+        for name in LARGEST.keys() & {field.name for field in fields(self)}:
+            check_size(name, getattr(self, name))
+        for name in _DECODER_SIZES:
+            check_size(f"decoder_{name}", getattr(self, f"decoder_{name}"))
+        if "num_labels" in kwargs:
+            check_size("num_labels", kwargs["num_labels"])
+        check_architectures(self.architectures)
+        check_dtype(kwargs.get("torch_dtype"))
+        check_dtype(self.dtype)
+        self._need(
+            not kwargs.get("per_layer_config"),
+            "per_layer_config gives layers sizes of their own, which Urform does not have; leave it out",
+        )
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As the library's; warns where a published checkpoint comes from a newer Urform than the one installed."""
+        check_nesting(config_dict, "the config")
         return super().from_dict(unstamped(config_dict, None if IS_FLAT_COPY else package_version()), **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """As the library's; a ValueError where Python cannot follow it."""
+        try:
+            found = super()._dict_from_json_file(json_file)
+        except RecursionError as error:
+            raise ValueError(f"{json_file} is nested too deeply to be read; repair it") from error
+        check_object(found, str(json_file))
+        return found
 
     def _resolve_decoder(self) -> None:
         """Fills the decoder's sizes in; transformers reads them by stripping the prefix, so None would reach it."""
@@ -300,6 +377,13 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         """A field that does not exist is an error from a caller, a warning from a saved file (of a newer Urform?)."""
         generation = GenerationConfig._get_default_generation_params()
         known = {field.name for field in fields(self)}
+        for key in sorted(READ_BY_LIBRARY & kwargs.keys()):
+            value = kwargs.pop(key)
+            self._need(
+                value is None,
+                f"{key}={value!r} is no field of UrformConfig, but transformers reads it; leave it out"
+                + (" and set it in rope_parameters" if key.startswith("original") else ""),
+            )
         unknown = [k for k in kwargs if not k.startswith("_") and k not in _LIBRARY_KEYS and k not in generation]
         if unknown and "model_type" in kwargs:
             logger.warning_once(f"UrformConfig knows no field {', '.join(sorted(unknown))}; kept, but without effect")
@@ -313,6 +397,8 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         """As the library's, for RoPE only; rotary settings beside another position encoding are refused."""
         if self.position_encoding == "rope" and self.rope_is_per_layer_type:  # transformers 5.17 expects the flat form
             theta = kwargs.pop("rope_theta", self.default_theta)
+            for kind, parameters in self.rope_parameters.items():
+                self._need(isinstance(parameters, dict), f"rope_parameters[{kind!r}]={parameters!r} must be a dict")
             for parameters in self.rope_parameters.values():
                 parameters.setdefault("rope_theta", theta)
             self.standardize_rope_params()
@@ -371,19 +457,6 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     def validate_architecture(self) -> None:
         """What may go with what; part of `@strict` validation (at construction and at saving)."""
         need = self._need
-        sizes = ["vocab_size", "hidden_size", "max_position_embeddings", *_DECODER_SIZES]
-        sizes += [f"decoder_{name}" for name in _DECODER_SIZES]
-        for name in sizes:
-            value = getattr(self, name)
-            need(value is None or value > 0, f"{name}={value} must be a positive integer")
-        for name in ("position_offset", "type_vocab_size"):
-            need(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 means none")
-        for name in ("hidden_act", "classifier_activation", "lm_head_activation"):
-            value = getattr(self, name)
-            need(value is None or value in ACT2FN, f"{name}={value!r} is unknown; use one of {sorted(ACT2FN)}")
-        for name in ("norm_eps", "attention_scale", "attn_logit_softcapping", "final_logit_softcapping"):
-            value = getattr(self, name)
-            need(value is None or value > 0, f"{name}={value} must be positive, or None where it is optional")
         if self.architecture != "encoder-decoder":
             for name in (*_DECODER_SIZES, "layer_types"):
                 value = getattr(self, f"decoder_{name}")
@@ -441,6 +514,43 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
             "lm_head_transform=True is the masked-LM head of architecture='encoder'; set it to False",
         )
 
+    def validate_numbers(self) -> None:
+        """Each field alone."""
+        self._check_sizes({})
+        for name in ("hidden_act", "classifier_activation", "lm_head_activation"):
+            value = getattr(self, name)
+            known = value is None or value in ACT2FN
+            self._need(known, f"{name}={value!r} is unknown; use one of {sorted(ACT2FN)}")
+        for name in ("norm_eps", "attention_scale", "attn_logit_softcapping", "final_logit_softcapping"):
+            check_number(name, getattr(self, name), 0.0)
+        for name in ("logit_scale", "norm_offset"):
+            check_number(name, getattr(self, name))
+        for name in ("hidden_dropout_prob", "attention_dropout", "activation_dropout", "classifier_dropout"):
+            check_number(name, getattr(self, name), 0.0, 1.0)
+        check_size("num_labels", self.num_labels)
+        problems = ("regression", "single_label_classification", "multi_label_classification", None)
+        self._need(
+            self.problem_type in problems,
+            f"problem_type={self.problem_type!r} is unknown; use one of {', '.join(map(repr, problems))}",
+        )
+        check_source_weights(self.source_weights or {})
+
+    def validate_token_ids(self) -> None:
+        """Every id is a row of the table."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+            check_token_id(name, getattr(self, name), self.vocab_size)
+
+    def validate_rope(self) -> None:
+        """Rotary parameters are known, complete and positive."""
+        if self.position_encoding == "rope":
+            kinds = {*(self.layer_types or ()), *(self.decoder_layer_types or ())}
+            per_type = self.rope_is_per_layer_type
+            for kind in sorted(kinds & set(self.rope_parameters)) if per_type else [None]:
+                given = self.rope_parameters[kind] if kind else self.rope_parameters
+                where = f"rope_parameters[{kind!r}]" if kind else "rope_parameters"
+                check_rope(given, where, self.head_dim)
+        super().validate_rope()
+
     def _validate_stack(self, prefix: str, sizes: StackSizes) -> None:
         need = self._need
         heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
@@ -473,6 +583,22 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
                 f"hidden_size={self.hidden_size} must be even under position_encoding='sinusoidal': sine and cosine "
                 "come in pairs",
             )
+
+
+_strict_init = UrformConfig.__init__
+
+
+@functools.wraps(_strict_init)
+def _init(self: UrformConfig, *args: Any, **kwargs: Any) -> None:
+    try:
+        _strict_init(self, *args, **kwargs)
+    except StrictDataclassFieldValidationError as error:
+        raise InvalidFieldError(str(error)) from error
+    except StrictDataclassError as error:
+        raise InvalidConfigError(str(error.__cause__ or error)) from error
+
+
+UrformConfig.__init__ = _init  # type: ignore[method-assign, assignment]
 
 
 def list_presets() -> dict[str, str]:

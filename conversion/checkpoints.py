@@ -16,20 +16,22 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from ..configuration.checkpoint_files import INDEX_NAME, read_weight_map, refuse_link
+from ..configuration.checks_urform import LARGEST, check_architectures, read_json
 from ..configuration.configuration_urform import UrformConfig
+from ..publishing.checkpoint_source import need_source
 from .convert import Conversion, assemble, our_class, prepare_from, prepare_to, stock_class
 from .families import FAMILIES
 from .family import Head
 from .tensors import Side, reader, run_step
 
-_INDEX = "model.safetensors.index.json"
 _CARRIED = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _NOT_CARRIED = ("config.json", "*.index.json", "requirements.txt", "generation_config.json", "adapter_config.json")
+_LAYERS = set("num_hidden_layers n_layer n_layers num_layers num_decoder_layers encoder_layers decoder_layers".split())
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -55,16 +57,15 @@ def find_folder(source: str | os.PathLike, **hub: Any) -> Path:
         **hub: For `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        ValueError: Neither a folder nor an id, or no checkpoint in it.
+        NoSuchSourceError: Neither a folder nor an id (a FileNotFoundError and a ValueError).
+        ValueError: No checkpoint in it.
     """
     folder = Path(source)
+    need_source(source, **hub)
     if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=_CARRIED, ignore_patterns=["*/*"], **hub))
-            files = _weight_files(folder)
-            folder = Path(snapshot_download(str(source), allow_patterns=files, **hub))
-        except HFValidationError as error:
-            raise ValueError(f"{str(source)!r} is neither a folder nor an id on the Hub") from error
+        folder = Path(snapshot_download(str(source), allow_patterns=_CARRIED, ignore_patterns=["*/*"], **hub))
+        files = _weight_files(folder)
+        folder = Path(snapshot_download(str(source), allow_patterns=files, **hub))
     if not (folder / "config.json").is_file():
         adapter = " but an adapter: merge it into its model first" if (folder / "adapter_config.json").is_file() else ""
         raise ValueError(f"{source} has no config.json{adapter}; give a folder with a whole checkpoint")
@@ -72,14 +73,10 @@ def find_folder(source: str | os.PathLike, **hub: Any) -> Path:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    index = folder / _INDEX
+    index = folder / INDEX_NAME
     if not index.is_file():
         return ["model.safetensors"]
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    strange = [name for name in names if Path(name).name != name]
-    if strange:
-        raise ValueError(f"{index} names {strange}, which are outside of its folder")
-    return names
+    return sorted(set(read_weight_map(index).values()))
 
 
 class Shards(Mapping[str, Tensor]):
@@ -146,7 +143,14 @@ class Shards(Mapping[str, Tensor]):
 
 def _config(folder: Path) -> tuple[PreTrainedConfig, str]:
     """The config of a checkpoint and the class that it is of."""
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    given = read_json(folder / "config.json")
+    check_architectures(given.get("architectures"))
+    for name in _LAYERS & given.keys():  # before the library makes lists of that length
+        if isinstance(given[name], int) and given[name] > LARGEST["num_hidden_layers"]:
+            raise ValueError(
+                f"{folder / 'config.json'}: {name}={given[name]} is more than {LARGEST['num_hidden_layers']}"
+            )
+    model_type = given.get("model_type")
     if model_type != UrformConfig.model_type and model_type not in FAMILIES:
         raise ValueError(
             f"{folder} is of model_type={model_type!r}, no family that Urform converts; there are: "
@@ -279,7 +283,7 @@ def _write_weights(conversion: Conversion, shards: Shards, folder: Path, back: b
             "metadata": {"total_size": sum(entry.size for entry in entries.values())},
             "weight_map": {e.name: n for n, part in zip(names, files, strict=True) for e in part.values()},
         }
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     tensors = (pair for pair in _made(conversion, shards) if pair[0] in entries)
     for name, part in zip(names, files, strict=True):
         with open(folder / name, "wb") as file:
@@ -305,9 +309,10 @@ def _carry_files(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template, licence; and say which tokenizer it is where only the model type did."""
     for path in sorted(source.iterdir()):
         if path.is_file() and any(path.match(p) for p in _CARRIED) and not any(path.match(p) for p in _NOT_CARRIED):
+            refuse_link(source, path)  # the target may be published
             shutil.copyfile(path, target / path.name)
     path = target / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     if not settings and not (target / "tokenizer.json").is_file():
         return
     found = type(AutoTokenizer.from_pretrained(source))

@@ -7,7 +7,7 @@ refused, all of it in one message; what did not survive and changes none is kept
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
@@ -15,15 +15,16 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ..configuration.configuration_urform import UrformConfig
+from ..configuration.checks_urform import check_size
+from ..configuration.configuration_urform import READ_BY_LIBRARY, UrformConfig
 from ..modeling import modeling_urform
 from .families import FAMILIES
-from .family import Family, Head
+from .family import TOKEN_IDS, Family, Head
 
 # What no config field says about numbers, on either side.
 _BOOKKEEPING = frozenset(
-    "architectures transformers_version dtype torch_dtype model_type name_or_path source_family source_fields urform "
-    "attn_implementation auto_map base_model_tp_plan".split()
+    "architectures transformers_version dtype torch_dtype model_type name_or_path source_family source_fields "
+    "source_weights urform attn_implementation auto_map base_model_tp_plan".split()
 )
 _TRAINING_ONLY = frozenset(
     "hidden_dropout_prob attention_dropout activation_dropout classifier_dropout freeze_pad_embedding".split()
@@ -34,7 +35,37 @@ _WITHOUT_EFFECT = _BOOKKEEPING | frozenset(
 )
 # What a config raises that cannot be; AttributeError in 5.17 where it does not expect rotary parameters per layer type.
 _INVALID = (ValueError, StrictDataclassError, AttributeError)
+LENGTH_ROPES = ("dynamic", "longrope")  # the rotary scalings whose frequencies follow a length
 _REFUSED = ("quantization_config", "auto_map", "per_layer_config")
+
+
+def _is_unset(name: str) -> Callable[[Any, Family], bool]:
+    return lambda stock, family: not getattr(stock, name)
+
+
+def _is_causal(stock: PreTrainedConfig, family: Family) -> bool:
+    return {"decoder": bool(stock.is_causal), "encoder": not stock.is_causal}.get(family.fixed["architecture"], False)
+
+
+# Fields that transformers looks for in every config (`getattr`, `hasattr`), though the classes of most families do not
+# declare them: when they change no number. tests/test_conversion_fields.py looks for those that a release adds.
+_LOOKED_FOR: dict[str, Callable[[Any, Family], bool]] = {
+    **{name: _is_unset(name) for name in (*READ_BY_LIBRARY, "fusion_config", "transformers_weights")},
+    "is_causal": _is_causal,
+    "layer_types": lambda stock, family: set(stock.layer_types or ()) <= {"full_attention"},
+    "original_max_position_embeddings": lambda stock, family: True,  # in `rope_parameters` by now
+    "sliding_window": lambda stock, family: stock.sliding_window is None,
+    "tie_last_hidden_states": lambda stock, family: stock.tie_last_hidden_states in (None, True),
+    "token_classification_bias": lambda stock, family: bool(stock.token_classification_bias),
+}
+
+
+def _as_read(stock: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy with what the models of transformers read: rotary parameters that stand beside `rope_parameters`."""
+    stock = copy.deepcopy(stock)
+    if "rope_parameters" in _names(stock) and stock.rope_parameters:
+        stock.standardize_rope_params()
+    return stock
 
 
 def _public(config: PreTrainedConfig) -> dict[str, Any]:
@@ -109,6 +140,7 @@ def what_matters(config: UrformConfig, ours: str) -> dict[str, Any]:
         "sinusoidal_layout": positions == "sinusoidal",
         **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), positions == "t5"),
         "rope_parameters": positions == "rope",
+        "rope_length": positions == "rope" and any(p["rope_type"] in LENGTH_ROPES for p in _rope(config).values()),
         "sliding_window": sliding,
         "norm_bias": config.norm_type == "layernorm",
         **dict.fromkeys(("share_embeddings", *(name for name in names if name.startswith("decoder_"))), pairs),
@@ -141,15 +173,19 @@ def find_family(stock: PreTrainedConfig) -> Family:
     return family
 
 
-def find_head(family: Family, *, stock: str | None = None, ours: str | None = None) -> Head:
+def find_head(
+    family: Family, *, stock: str | None = None, ours: str | None = None, came_as: Collection[str] = ()
+) -> Head:
     """The row of a family's table for a stock class or for one of ours.
+
+    Where two stock classes are one of ours, it is the first, or the one among `came_as`.
 
     Raises:
         ValueError: It has none.
     """
-    for head in family.heads:
-        if (head.stock if stock else head.ours) == (stock or ours):
-            return head
+    found = [head for head in family.heads if (head.stock if stock else head.ours) == (stock or ours)]
+    if found:
+        return next((head for head in found if head.stock in came_as), found[0])
     have = ", ".join(dict.fromkeys(head.stock if stock else head.ours for head in family.heads))
     raise ValueError(
         f"{stock or ours} has no counterpart in the family {family.model_type!r}; there is one for: {have}"
@@ -171,11 +207,17 @@ def urform_config(
         ValueError: It cannot be expressed; the message lists every field that stands in the way.
     """
     family = family or find_family(stock)
+    stock = _as_read(stock)
     if head is None:
         named = [h for h in family.heads if h.stock in (stock.architectures or ())]
         head = (named or list(family.heads))[0]
     have = _public(stock)
+    check_size("num_hidden_layers", stock.num_hidden_layers)  # before lists of that length are made
     obstacles = {name: repr(have[name]) for name in _REFUSED if have.get(name)}
+    undeclared = have.keys() - _names(stock)
+    obstacles |= {
+        n: repr(have[n]) for n in sorted(_LOOKED_FOR.keys() & undeclared) if not _LOOKED_FOR[n](stock, family)
+    }
     fields = family.to_urform(stock, head)
     extras = copy.deepcopy(have.get("urform") or {})
     if untied:
@@ -193,7 +235,9 @@ def urform_config(
             continue
         if name == "tie_word_embeddings" and untied:
             continue
-        if name in family.training_only:
+        if name in TOKEN_IDS and fields.get(name) is None:  # no token of this vocabulary
+            kept[name] = value
+        elif name in family.training_only:
             lost[name] = kept[name] = value
         elif family.idle[name](stock) if name in family.idle else name in family.ignored:
             kept[name] = value
@@ -210,6 +254,8 @@ def urform_config(
             stacklevel=3,
         )
     if "source_family" not in extras:
+        if head is not find_head(family, ours=head.ours):  # two classes there are one here
+            kept["architectures"] = [head.stock]
         config.source_family, config.source_fields = family.model_type, kept or None
     return config
 
@@ -308,7 +354,9 @@ def choose_family(config: UrformConfig, ours: str, name: str | None = None) -> t
     name = name or config.source_family
     if name is not None and name in FAMILIES:
         family = FAMILIES[name]
-        head = find_head(family, ours=ours)
+        fields = config.source_fields if name == config.source_family and config.source_weights else None
+        came_as = (fields or {}).get("architectures", ())
+        head = find_head(family, ours=ours, came_as=came_as)
         return family, head, stock_config(config, family, head)
     reasons = []
     for family in FAMILIES.values():

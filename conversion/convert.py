@@ -5,7 +5,8 @@ import copy
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,11 @@ from transformers.initialization import no_init_weights
 from ..configuration.configuration_urform import UrformConfig
 from ..modeling import modeling_urform
 from .configs import choose_family, find_family, find_head, urform_config
-from .family import Family, Head
-from .tensors import Side, Step, is_dropped, plan, reader, run_step
+from .family import TWICE, Family, Head
+from .tensors import SOURCE_WEIGHTS, Side, Step, is_dropped, plan, reader, run_step
+
+# What old checkpoints hold and transformers makes anew.
+_MADE_BY_THE_CLASS = r"(^|\.)position_ids$|rotary_emb\.inv_freq$"
 
 
 def empty(model_class: type[PreTrainedModel], config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
@@ -90,33 +94,67 @@ def prepare_from(
         with warnings.catch_warnings():  # given already
             warnings.simplefilter("ignore")
             config = urform_config(stock, head, family=family, untied=True)
-    conversion = _prepare(family, head, config, stock, model, back=False)
-    tied = conversion.source.tied
-    for i, step in enumerate(conversion.steps):  # what a checkpoint may lack
-        if step.fill is not None and not any(twin in state for name in step.sources for twin in tied[name]):
-            conversion.steps[i] = step._replace(sources=())
-    known = "|".join(model._keys_to_ignore_on_load_unexpected or ("$^",))
-    behind = [key for key in state if key not in conversion.source.shapes or is_dropped(head, key)]
-    behind = [key for key in behind if not re.search(known, key)]
-    if behind:
-        warnings.warn(f"Urform has no place for {', '.join(sorted(behind))} of {name}; left behind", stacklevel=3)
-    return conversion
+    theirs = Side.of(model, _untied_output(head, config))
+    left = _left_behind(head, state, theirs, type(model)._keys_to_ignore_on_load_unexpected or ())
+    if left:
+        config.source_weights = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in left.items()}
+        theirs = theirs.holding({name: tensor.shape for name, tensor in left.items()})
+    ours = Side.of(empty(our_class(head), config))
+    kept = {name: _own_name(ours, name) for name in left}
+    steps = plan(family, head, config, theirs, ours, back=False, kept=kept)
+    for i, step in enumerate(steps):  # what a checkpoint may lack
+        if step.fill is not None and not any(twin in state for name in step.sources for twin in theirs.tied[name]):
+            steps[i] = step._replace(sources=())
+    return Conversion(family, head, config, stock, steps, theirs, ours)
+
+
+def _untied_output(head: Head, config: UrformConfig) -> list[str]:
+    name = output_name(head)
+    return [name] if name and not config.tie_word_embeddings else []
+
+
+def _left_behind(head: Head, state: Mapping[str, Tensor], theirs: Side, ignored: Collection[str]) -> dict[str, Tensor]:
+    """What a checkpoint has and ours has no place for; without what the stock class overlooks too. On no device."""
+    names = [name for name in state if name not in theirs.shapes or is_dropped(head, name)]
+    names = [name for name in names if not any(re.search(pattern, name) for pattern in ignored)]
+    for first, second in (rule.names(0)[0] for rule in head.weights if rule.op is TWICE):
+        alone = theirs.tied.get(second) == (second,) and first in state and second in state
+        if alone and not torch.equal(state[first], state[second]):
+            names.append(second)
+    return {name: torch.empty_like(state[name], device="meta") for name in sorted(names)}
+
+
+def _own_name(ours: Side, name: str) -> str:
+    return f"{ours.prefix}{SOURCE_WEIGHTS}{name.replace('.', '/')}"
 
 
 def prepare_to(config: UrformConfig, name: str, family: str | None) -> Conversion:
     """The conversion of our class of this config to a family."""
     found, head, stock = choose_family(config, name, family)
-    return _prepare(found, head, config, stock, empty(stock_class(head), stock, **head.options), back=True)
-
-
-def _prepare(
-    family: Family, head: Head, config: UrformConfig, stock: PreTrainedConfig, model: PreTrainedModel, back: bool
-) -> Conversion:
-    name = output_name(head)
-    theirs = Side.of(model, [name] if name and not config.tie_word_embeddings else ())
     ours = Side.of(empty(our_class(head), config))
-    steps = plan(family, head, config, theirs, ours, back=back)
-    return Conversion(family, head, config, stock, steps, *((ours, theirs) if back else (theirs, ours)))
+    kept = config.source_weights or {}
+    if kept and config.source_family != found.model_type:
+        warnings.warn(f"{', '.join(kept)} came with {config.source_family}; {head.stock} lacks them", stacklevel=3)
+        kept = {}
+    whole = Side.of(empty(stock_class(head), stock))
+    places = _places(kept, stock_class(head).base_model_prefix, whole)
+    theirs = Side.of(empty(stock_class(head), stock, **head.options), _untied_output(head, config))
+    if whole.shapes.keys() - theirs.shapes.keys() <= places.keys():  # BERT's pooler came along
+        head = replace(head, options={})
+        theirs = Side.of(empty(stock_class(head), stock), _untied_output(head, config))
+    theirs = theirs.holding({place: torch.Size(kept[name][1]) for place, name in places.items()})
+    own_names = {place: _own_name(ours, name) for place, name in places.items()}
+    steps = plan(found, head, config, theirs, ours, back=True, kept=own_names)
+    return Conversion(found, head, config, stock, steps, ours, theirs)
+
+
+def _places(kept: Mapping[str, list], prefix: str, whole: Side) -> dict[str, str]:
+    """{name of the class, or of the checkpoint where the class has none: name in `source_weights`}."""
+    places = {}
+    for name, (_, shape) in kept.items():
+        names = [n for n in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if n in whole.shapes]
+        places[names[0] if names and list(whole.shapes[names[0]]) == shape else name] = name
+    return places
 
 
 def assemble(
@@ -141,9 +179,13 @@ def assemble(
     for step in conversion.steps:
         for name, tensor in run_step(step, read, conversion.ours):
             made[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-            if cast or not back or not step.sources:  # stock T5 in float16 has some float32, Urform has one dtype
-                made[name] = made[name].to(dtype)
-    missing = model.load_state_dict(made, strict=False, assign=True).missing_keys
+            kept = SOURCE_WEIGHTS in name or any(SOURCE_WEIGHTS in source for source in step.sources)
+            if not kept and (cast or not back or not step.sources):
+                made[name] = made[name].to(dtype)  # stock T5 in float16 has some float32, Urform has one dtype
+    missing, strange = model.load_state_dict(made, strict=False, assign=True)
+    strange = [name for name in strange if not re.search(_MADE_BY_THE_CLASS, name)]
+    if strange:
+        warnings.warn(f"{', '.join(strange)} came along, but {head.stock} has no place for them", stacklevel=3)
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
     return model
 

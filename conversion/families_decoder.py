@@ -47,6 +47,13 @@ _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 _ALL = (*_CLASSIFIERS, "ForQuestionAnswering")
 
 
+def _rope_to_urform(rope: dict[str, Any]) -> dict[str, Any]:
+    """The rotary fields; where frequencies follow a length, it is the batch's longest, as in the stock classes."""
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    follows = {"rope_length": "batch"} if kinds & {"dynamic", "longrope"} else {}
+    return {"rope_parameters": copy.deepcopy(rope), **follows}
+
+
 def _rope_to_stock(config: UrformConfig) -> dict[str, Any]:
     return {"rope_parameters": copy.deepcopy(config.rope_parameters)}
 
@@ -64,10 +71,10 @@ def _as_read(rope: dict[str, Any], per_layer_type: bool = False) -> dict[str, An
     }
 
 
-PARTIAL_ROPE = Axis(lambda stock: {"rope_parameters": copy.deepcopy(stock.rope_parameters)}, _rope_to_stock)
+PARTIAL_ROPE = Axis(lambda stock: _rope_to_urform(stock.rope_parameters), _rope_to_stock)
 # For classes whose attention rotates whole heads, whatever `partial_rotary_factor` says. What is overlooked does not
 # survive the way there and back, and so is refused.
-ROPE = Axis(lambda stock: {"rope_parameters": copy.deepcopy(_as_read(stock.rope_parameters))}, _rope_to_stock)
+ROPE = Axis(lambda stock: _rope_to_urform(_as_read(stock.rope_parameters)), _rope_to_stock)
 
 
 def classifier_rate(config: UrformConfig) -> float:
@@ -75,11 +82,18 @@ def classifier_rate(config: UrformConfig) -> float:
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
 
 
-# transformers' token classifiers read an attribute that most of their configs do not declare; 0.1 where it is missing.
+def _token_rate(stock: Any) -> float:
+    """Dropout before transformers' token classifiers: the first of two fields, few of which a config declares."""
+    rates = (getattr(stock, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+    return next((rate for rate in rates if rate is not None), 0.1)
+
+
 _TOKEN_DROPOUT = Axis(
-    lambda stock: {"classifier_dropout": 0.1 if (rate := getattr(stock, "classifier_dropout", None)) is None else rate},
+    lambda stock: {"classifier_dropout": _token_rate(stock)},
     lambda config: {} if (rate := classifier_rate(config)) == 0.1 else {"classifier_dropout": rate},
 )
+# GPT-NeoX and ModernBERT cut their heads from `hidden_size`, but rotate `head_dim` features where a config has it.
+USUAL_HEAD_DIM = {"head_dim": lambda stock: stock.head_dim in (None, stock.hidden_size // stock.num_attention_heads)}
 _DECODER = {
     "architecture": "decoder",
     "norm_position": "pre",
@@ -243,6 +257,7 @@ GPT_NEOX = Family(
         ),
     ),
     ignored=("is_decoder",),
+    idle=USUAL_HEAD_DIM,
 )
 
 BLOOM = Family(
@@ -252,7 +267,16 @@ BLOOM = Family(
         "Bloom",
         *_ALL,
         tokens="classifier",
-        token_axes=(Axis(lambda stock: {"classifier_dropout": None}, lambda config: {}),),
+        token_axes=(
+            Axis(
+                lambda stock: {"classifier_dropout": _token_rate(stock)},
+                lambda config: (
+                    {}
+                    if (rate := classifier_rate(config)) == config.hidden_dropout_prob
+                    else {"classifier_dropout": rate}
+                ),
+            ),
+        ),
     ),
     weights=(
         Rule("word_embeddings.weight", "decoder.embed_tokens.weight"),

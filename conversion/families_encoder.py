@@ -4,12 +4,8 @@
 from typing import Any
 
 from ..configuration.configuration_urform import UrformConfig
-from .families_decoder import ROPE, classifier_rate, rope_per_type
-from .family import PARTS, Axis, Family, Head, Op, Rule, modules, same
-
-# The bias of BERT's output projection has a second name; where the projection is not tied, it is a second tensor that
-# nothing reads.
-_TWICE = Op(lambda tensors, shapes, config: tensors[:1], lambda tensors, shapes, config: (tensors[0], tensors[0]))
+from .families_decoder import ROPE, USUAL_HEAD_DIM, classifier_rate, rope_per_type
+from .family import PARTS, TWICE, Axis, Family, Head, Rule, modules, same
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 _OUTPUT = {"classifier": "classifier.out_proj"}
@@ -100,7 +96,7 @@ def _pooled(prefix: str) -> tuple[Rule, ...]:
 _BERT_LANGUAGE = (
     *modules("cls.predictions.transform.", "transform.", {"dense": "dense", "LayerNorm": "norm"}),
     Rule("cls.predictions.decoder.weight", "lm_head.weight"),
-    Rule(("cls.predictions.decoder.bias", "cls.predictions.bias"), "lm_head.bias", _TWICE),
+    Rule(("cls.predictions.decoder.bias", "cls.predictions.bias"), "lm_head.bias", TWICE),
 )
 
 BERT = Family(
@@ -142,7 +138,7 @@ def _roberta(model_type: str, name: str) -> Family:
             (
                 *modules("lm_head.", "transform.", {"dense": "dense", "layer_norm": "norm"}),
                 Rule("lm_head.decoder.weight", "lm_head.weight"),
-                Rule(("lm_head.decoder.bias", "lm_head.bias"), "lm_head.bias", _TWICE),
+                Rule(("lm_head.decoder.bias", "lm_head.bias"), "lm_head.bias", TWICE),
             ),
             modules("classifier.", "classifier.", {"dense": "transform.dense", "out_proj": "out_proj"}),
             _pooled("roberta"),
@@ -342,7 +338,7 @@ MODERNBERT = Family(
         Axis(_modernbert_to_urform, _modernbert_to_stock),
     ),
     training_only=("embedding_dropout", "sparse_prediction"),
-    idle={"sparse_pred_ignore_index": lambda stock: not stock.sparse_prediction},
+    idle={"sparse_pred_ignore_index": lambda stock: not stock.sparse_prediction, **USUAL_HEAD_DIM},
     ignored=(
         "local_attention",
         "cls_token_id",

@@ -55,6 +55,7 @@ COMMON = (
     "id2label label2id problem_type output_hidden_states return_dict chunk_size_feed_forward use_cache pad_token_id "
     "bos_token_id eos_token_id tie_word_embeddings"
 ).split()
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 
 class Op(NamedTuple):
@@ -99,6 +100,8 @@ RESHAPED = Op(_shape, _shape)
 PARTS = Op(_cut, _join)  # one tensor there is several here, one below the other: q|k|v, gate|up
 TRANSPOSED_PARTS = Op(lambda x, s, c: _cut(_turn(x, s, c), s, c), lambda x, s, c: _turn(_join(x, s, c), s, c))
 INTERLEAVED = Op(_deal, _shuffle)  # (head, q|k|v, width) there
+# Two names there for one tensor. Untied they are two, of which nothing reads the second (BERT's output bias).
+TWICE = Op(lambda tensors, shapes, config: tensors[:1], lambda tensors, shapes, config: (tensors[0], tensors[0]))
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,8 @@ class Head:
         weights: Rules of the head's tensors, with full names on both sides.
         fixed: Fields of our config that this head fixes, over the family's.
         axes: Config axes of this head alone, after the family's.
-        dropped: Regular expressions for stock tensors (full names) that have no place here and are left behind, with a
-            warning; on the way back they are as the class initialises them.
+        dropped: Regular expressions for stock tensors (full names) that have no place here; they are kept for the way
+            back (`UrformConfig.source_weights`).
         options: Keywords with which the stock class is built (BERT: `add_pooling_layer=False`).
         renamed: {name in checkpoints: name in the class}, where transformers renames when it loads and saves.
     """
@@ -218,6 +221,10 @@ class Family:
         fields.update(head.fixed)
         for axis in (*self.axes, *head.axes):
             fields.update(axis.to_urform(stock))
+        for name in TOKEN_IDS:  # checkpoints have -1 for none, and tiny ones the ids of the large
+            value = fields.get(name)
+            if any(not 0 <= i < fields["vocab_size"] for i in (value if isinstance(value, list) else [value or 0])):
+                fields[name] = None
         return fields
 
     def to_stock(self, config: UrformConfig, head: Head) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A tensor without a rule, and a rule without its tensor, is an error.
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..configuration.configuration_urform import UrformConfig
-from .family import Family, Fill, Head, Shapes, Tensors
+from .family import COPY, TWICE, Family, Fill, Head, Shapes, Tensors
+
+SOURCE_WEIGHTS = "source_weights."  # the module of ours that holds what is only kept
 
 Transform = Callable[[Tensors, Shapes, UrformConfig], Tensors]
 
@@ -42,6 +45,11 @@ class Side(NamedTuple):
     tied: dict[str, tuple[str, ...]]
     prefix: str
     saved: Mapping[str, str | None] = {}
+
+    def holding(self, tensors: Mapping[str, torch.Size]) -> "Side":
+        """With tensors that a checkpoint has and the class has not."""
+        alone = {name: (name,) for name in tensors if name not in self.tied}
+        return self._replace(shapes={**tensors, **self.shapes}, tied={**alone, **self.tied})
 
     @classmethod
     def of(cls, model: PreTrainedModel, untied: Collection[str] = ()) -> "Side":
@@ -75,16 +83,36 @@ def is_dropped(head: Head, name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in head.dropped)
 
 
-def plan(family: Family, head: Head, config: UrformConfig, stock: Side, ours: Side, *, back: bool) -> list[Step]:
+def plan(
+    family: Family,
+    head: Head,
+    config: UrformConfig,
+    stock: Side,
+    ours: Side,
+    *,
+    back: bool,
+    kept: Mapping[str, str],
+) -> list[Step]:
     """Which tensors become which; `back` is the way from Urform to the stock class.
+
+    Args:
+        family: The family.
+        head: The class.
+        config: Our config.
+        stock: The tensors there.
+        ours: The tensors here.
+        back: The direction.
+        kept: {name there: name here} of tensors that are only kept here.
 
     Raises:
         ValueError: A tensor of either side has no rule: the table is incomplete.
     """
     left_theirs = {name for name in stock.shapes if not is_dropped(head, name)}
-    left_ours = set(ours.shapes)
+    left_ours = {name for name in ours.shapes if SOURCE_WEIGHTS not in name}
     steps: list[Step] = []
     for rule, theirs, own in _instances(family, head, config, stock, ours):
+        if rule.op is TWICE and theirs[1] in kept:
+            rule, theirs = replace(rule, op=COPY), theirs[:1]
         here = all(name in ours.shapes for name in own)
         if not all(name in stock.shapes for name in theirs) or not (here or rule.fill is not None):
             continue
@@ -97,6 +125,11 @@ def plan(family: Family, head: Head, config: UrformConfig, stock: Side, ours: Si
             steps.append(Step(sources, targets, shapes, op, rule.fill))
         left_theirs.difference_update(*(stock.tied[name] for name in theirs))
         left_ours.difference_update(*(ours.tied[name] for name in own))
+    for name, own_name in kept.items():
+        if name in left_theirs or name not in stock.shapes or is_dropped(head, name):  # else a rule has its place
+            source, target, side = (own_name, name, stock) if back else (name, own_name, ours)
+            steps.append(Step((source,), (target,), (side.shapes[target],), COPY.to_ours))
+    left_theirs -= kept.keys()
     if left_theirs or left_ours:
         raise ValueError(
             f"the table of the family {family.model_type!r} has no rule for {sorted(left_theirs)} of {head.stock} and "

@@ -309,7 +309,7 @@ def _build(
     head = Head(name, type(module).__name__, modules("", "", {place: place}) if place else ())
     source = Side({key: tensor.shape for key, tensor in state.items()}, {key: (key,) for key in state}, "")
     target = Side.of(empty(getattr(modeling_urform, name), config))
-    steps = plan(family, head, config, source, target, back=False)
+    steps = plan(family, head, config, source, target, back=False, kept={})
     conversion = Conversion(family, head, config, config, steps, source, target)
     weight = next(iter(state.values()))
     return assemble(conversion, state, weight.dtype, back=False).to(weight.device)

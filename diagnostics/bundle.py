@@ -60,12 +60,16 @@ def check_bundle(path_or_id: str | os.PathLike[str], revision: str | None = None
 
     Raises:
         ValueError: the stamp cannot be read.
-        OSError: there is no such repository or revision.
+        NoSuchSourceError: there is no such folder or repository (a FileNotFoundError and a ValueError).
+        OSError: there is no such revision.
     """
     folder, source = Path(path_or_id), str(path_or_id)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
+        from ..publishing.checkpoint_source import need_source
+
+        need_source(source, revision=revision)
         folder = Path(snapshot_download(source, revision=revision))
         source += f"@{revision}" if revision else ""
     stamp = read_stamp(folder)

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModel, PreTrainedModel
 
+from ..publishing.checkpoint_source import need_source
 from .isolation_probe import CHECKS, ISOLATED, LEAKS, NOT_APPLICABLE, STATUSES, IsolationCheck, Probe, configs_of
 from .reports import jsonable, table
 
@@ -143,6 +144,7 @@ def _load(
     except RuntimeError as error:
         raise ValueError(f"device={device!r} is no device of torch; use 'cpu' or 'cuda'") from error
     try:
+        need_source(name)
         model = AutoModel.from_pretrained(
             name, attn_implementation=attn_implementation, dtype=wanted, trust_remote_code=trust_remote_code
         )

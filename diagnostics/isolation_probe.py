@@ -132,6 +132,7 @@ class Probe:
         signatures = [inspect.signature(m.forward).parameters for m in (model, model.base_model)]
         self.parameters = {name for signature in signatures for name in signature}
         self.takes_any = any(p.kind is p.VAR_KEYWORD for p in signatures[0].values())
+        self.cache_name = "cache" if "cache" in self.parameters else "past_key_values"  # before transformers 5.24
         if "input_ids" not in self.parameters:
             raise ValueError(f"model {type(model).__name__} has no input_ids in its forward(); isolation is checked "
                              "for models that read tokens")  # fmt: skip
@@ -448,7 +449,7 @@ class Probe:
 
         def run(**inputs: Any) -> Outputs:
             if cache:
-                inputs |= {"use_cache": True, **({"past_key_values": self.cache()} if cache == "given" else {})}
+                inputs |= {"use_cache": True, **({self.cache_name: self.cache()} if cache == "given" else {})}
             return self.run(**inputs)
 
         if cache:
@@ -495,7 +496,7 @@ class Probe:
 
     def require_cache(self) -> None:
         """Refuse the question for a model that keeps no cache."""
-        if self.kind == "encoder" or not {"use_cache", "past_key_values"} <= self.parameters:
+        if self.kind == "encoder" or not {"use_cache", self.cache_name} <= self.parameters:
             raise _NotApplicableError("the model keeps no cache")
 
 

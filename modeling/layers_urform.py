@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration.configuration_urform import UrformConfig
@@ -95,6 +95,9 @@ def sinusoidal_positions(position_ids: Tensor, size: int, dtype: torch.dtype, la
 class UrformRotaryEmbedding(nn.Module):
     """Cosines and sines of rotary positions (Su et al. 2021), with every scaling that transformers knows.
 
+    The frequencies of "dynamic" and "longrope" depend on a length: of each sequence, or of the batch's longest, as
+    `config.rope_length` says. They stay in float32 in whatever dtype the module is.
+
     Args:
         config: the model's config.
         layer_type: which entry of `rope_parameters` to read where it has one per layer type.
@@ -108,10 +111,10 @@ class UrformRotaryEmbedding(nn.Module):
             config = copy.deepcopy(config)
             config.rope_parameters = config.rope_parameters[layer_type]
         self.config = config
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
-        init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        inv_freq, self.attention_scaling = init(config)
+        self.frequencies = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        self.depends_on_length = self.rope_type in ("dynamic", "longrope")
+        inv_freq, self.attention_scaling = self.frequencies(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -122,12 +125,36 @@ class UrformRotaryEmbedding(nn.Module):
         exponent = torch.arange(0, size, 2, dtype=torch.int64).float() / size
         return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """As PyTorch's, for devices; another dtype would round the frequencies."""
+        exact = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != value.dtype:
+                setattr(self, name, value.to(moved.device))
+        return self
+
+    def _of_length(self, lengths: Tensor) -> Tensor:
+        """Inverse frequencies `[B, L, R / 2]` of tokens whose sequences have these `lengths` `[B, L]`."""
+        device = lengths.device
+        if self.rope_type == "longrope":
+            longest = self.config.rope_parameters["original_max_position_embeddings"]
+            extended, _ = self.frequencies(self.config, device, seq_len=longest + 1)
+            return torch.where(lengths[..., None] > longest, extended, self.original_inv_freq.to(device))
+        scaled, _ = self.frequencies(self.config, device, seq_len=lengths[..., None])
+        within = lengths[..., None] <= self.config.max_position_embeddings  # to the last bit as without scaling
+        return torch.where(within, self.original_inv_freq.to(device), scaled)
+
     @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Integer positions `[B, L]` to cosines and sines `[B, L, rotated]`, in the dtype of `x`."""
+    def forward(self, x: Tensor, position_ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Integer positions `[B, L]` to cosines and sines `[B, L, rotated]`, in the dtype of `x`.
+
+        `lengths` `[B, L]` are those of each token's sequence, where the frequencies depend on them.
+        """
         wide = torch.promote_types(x.dtype, torch.float32)
-        angle = position_ids[..., None].to(wide) * self.inv_freq.to(x.device, wide)
+        frequencies = self.inv_freq if lengths is None else self._of_length(lengths)
+        angle = position_ids[..., None].to(wide) * frequencies.to(x.device, wide)
         angle = torch.cat((angle, angle), dim=-1)
         return (angle.cos() * self.attention_scaling).to(x.dtype), (angle.sin() * self.attention_scaling).to(x.dtype)
 
@@ -161,6 +188,7 @@ class UrformPositionBias(nn.Module):
     def __init__(self, config: UrformConfig, is_decoder: bool):
         super().__init__()
         self.num_heads = config.stack_sizes(is_decoder).num_attention_heads
+        self.share = (0, 1)  # which part of the heads, of how many: tensor parallelism splits them
         self.bidirectional = not is_decoder
         self.max_distance = config.relative_attention_max_distance
         self.table = None
@@ -170,9 +198,12 @@ class UrformPositionBias(nn.Module):
 
     def bias(self, device: torch.device) -> ALiBi | T5Bias:
         """The bias as an object, as `attention()` takes it."""
+        rank, parts = self.share
         if self.table is None:
-            return ALiBi(torch.tensor(alibi_slopes(self.num_heads), device=device))
-        return T5Bias(self.table.weight, bidirectional=self.bidirectional, max_distance=self.max_distance)
+            return ALiBi(torch.tensor(alibi_slopes(self.num_heads), device=device).chunk(parts)[rank])
+        table: Any = self.table.weight
+        table = table if parts == 1 else table.to_local()
+        return T5Bias(table, bidirectional=self.bidirectional, max_distance=self.max_distance)
 
     def forward(self, query_positions: Tensor, key_positions: Tensor, dtype: torch.dtype) -> Tensor:
         """Integer positions `[1, L]` and `[1, S]` to the dense bias `[1, H, L, S]`."""
@@ -285,6 +316,7 @@ class UrformAttention(nn.Module):
         key_value_states: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        implementation: str | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `hidden_states` `[B, L, E]` to itself, or to `key_value_states` `[B, S, E]` if given."""
@@ -310,7 +342,7 @@ class UrformAttention(nn.Module):
             if is_cross and isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values.is_updated[self.layer_idx] = True
 
-        name = ATTENTION_NAME if "q_layout" in kwargs else self.config._attn_implementation
+        name = ATTENTION_NAME if "q_layout" in kwargs else implementation or self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         output, weights = attend(
             self,
@@ -387,6 +419,7 @@ class UrformLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         encoder_layout: Layout | None = None,
+        implementation: str | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """`[B, L, E]` to `[B, L, E]`; `kwargs` (packing) and `position_bias` are for self-attention alone."""
@@ -402,6 +435,7 @@ class UrformLayer(GradientCheckpointingLayer):
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 position_bias=position_bias,
+                implementation=implementation,
                 **kwargs,
             )[0]
 
@@ -411,6 +445,7 @@ class UrformLayer(GradientCheckpointingLayer):
                 encoder_attention_mask,
                 key_value_states=encoder_hidden_states,
                 past_key_values=past_key_values,
+                implementation=implementation,
                 **layouts,
             )[0]
 
@@ -490,3 +525,16 @@ def pool(hidden: Tensor, real: Tensor, config: UrformConfig) -> Tensor:
     places = torch.arange(hidden.shape[1], device=hidden.device)
     place = (places * real).amax(1) if how == "last" else real.long().argmax(1)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), place]
+
+
+class SourceWeights(nn.Module):
+    """Tensors of the model that this one was converted from, which nothing reads here; kept for the way back.
+
+    Args:
+        tensors: `config.source_weights`; the buffers are called by the names there, with `/` for `.`.
+    """
+
+    def __init__(self, tensors: dict[str, list]):
+        super().__init__()
+        for name, (dtype, shape) in tensors.items():
+            self.register_buffer(name.replace(".", "/"), torch.zeros(shape, dtype=getattr(torch, dtype)))

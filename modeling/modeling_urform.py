@@ -33,9 +33,10 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from ..configuration.configuration_urform import UrformConfig
+from .caches_urform import CACHE, cache_field, cache_of, given_cache
 from .kernels.loss_linear_cross_entropy import linear_cross_entropy
-from .layers_urform import UrformClassifier, UrformTransform, keep_logits, pool, real_tokens
-from .packing_urform import find_documents
+from .layers_urform import SourceWeights, UrformClassifier, UrformTransform, keep_logits, pool, real_tokens
+from .packing_urform import find_documents, follows_its_own
 from .stack_urform import UrformDecoder, UrformEncoder, UrformPreTrainedModel
 
 
@@ -101,6 +102,8 @@ class UrformModel(UrformPreTrainedModel):
             self.encoder = UrformEncoder(config)
         if config.architecture != "encoder":
             self.decoder = UrformDecoder(config)
+        if config.source_weights:
+            self.source_weights = SourceWeights(config.source_weights)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -129,6 +132,7 @@ class UrformModel(UrformPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqModelOutput | BaseModelOutput | BaseModelOutputWithPastAndCrossAttentions:
         """Run the Transformer; arguments that begin with `decoder_` are for an encoder-decoder.
@@ -143,10 +147,12 @@ class UrformModel(UrformPreTrainedModel):
             decoder_position_ids: The same for the target.
             token_type_ids: `[B, S]`, for configs with `type_vocab_size`.
             encoder_outputs: The encoder's output, to run the decoder alone.
-            past_key_values: A cache; an `EncoderDecoderCache` for an encoder-decoder.
+            past_key_values: A cache; an `EncoderDecoderCache` for an encoder-decoder. `cache` is its name from
+                transformers 5.24 on; both are served.
             inputs_embeds: `[B, S, E]` instead of `input_ids`.
             decoder_inputs_embeds: `[B, L, E]` instead of `decoder_input_ids`.
             use_cache: Whether to fill and return a cache. None: as configured.
+            cache: See `past_key_values`.
             **kwargs: `output_hidden_states`, `output_attentions`; `cu_seq_lens_q`, `cu_seq_lens_k` (int `[documents +
                 1]`), `max_length_q`, `max_length_k` for one packed row (an encoder-decoder's targets are q, its
                 sources k).
@@ -168,7 +174,7 @@ class UrformModel(UrformPreTrainedModel):
             "position_ids": decoder_position_ids,
             "inputs_embeds": decoder_inputs_embeds,
         }
-        caching = {"past_key_values": past_key_values, "use_cache": use_cache}
+        caching = {"past_key_values": given_cache(past_key_values, cache), "use_cache": use_cache}
         if config.is_encoder_decoder:
             source["token_type_ids"] = token_type_ids
             return self._encode_decode(source, {**target, **caching}, encoder_outputs, **kwargs)
@@ -178,7 +184,8 @@ class UrformModel(UrformPreTrainedModel):
                 raise ValueError(f"{name} is for an encoder-decoder; this is architecture={config.architecture!r}")
         if config.architecture == "decoder":
             return self.decoder(**source, **caching, **kwargs)
-        return self.encoder(**source, token_type_ids=token_type_ids, **kwargs)
+        cache = caching["past_key_values"]
+        return self.encoder(**source, token_type_ids=token_type_ids, past_key_values=cache, **kwargs)
 
     def _encode_decode(
         self,
@@ -214,7 +221,7 @@ class UrformModel(UrformPreTrainedModel):
         )
         return Seq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **cache_field(cache_of(outputs)),
             decoder_hidden_states=outputs.hidden_states,
             decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -245,7 +252,7 @@ class UrformEncoderModel(UrformPreTrainedModel):
     """The encoder alone, of an encoder or of an encoder-decoder: text to vectors."""
 
     _architectures = ("encoder", "encoder-decoder")
-    _keys_to_ignore_on_load_unexpected = [r"decoder\..*", r"lm_head\..*"]
+    _keys_to_ignore_on_load_unexpected = [r"decoder\..*", r"lm_head\..*", r"source_weights\..*"]
 
     def __init__(self, config: UrformConfig):
         super().__init__(config)
@@ -318,8 +325,7 @@ class UrformLanguageModel(UrformPreTrainedModel):
             kwargs: `num_items_in_batch`, and what a `loss_function` set by the user takes.
 
         Raises:
-            ValueError: Smoothing or z-loss where the loss must go through logits (an adapter or a quantized layer on
-                `lm_head`, a `loss_function` of the user's).
+            ValueError: Smoothing or z-loss beside `logits_to_keep`, `shift_labels` or a `loss_function` of the user's.
         """
         if labels is None:
             return None, self.project(hidden, logits_to_keep)
@@ -327,17 +333,22 @@ class UrformLanguageModel(UrformPreTrainedModel):
         extra = label_smoothing != 0.0 or z_loss != 0.0
         asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or kwargs.get("shift_labels") is not None
         if asked or not self.fuses_loss() or self.lm_head.weight.device != hidden.device:
-            if extra:
+            if extra and (asked or hasattr(self, "_loss_function")):
                 raise ValueError(
-                    f"label_smoothing={label_smoothing} and z_loss={z_loss} need the fused loss, but lm_head is wrapped"
-                    " or hooked, loss_function is set, or logits_to_keep or shift_labels is given; drop one of them"
+                    f"label_smoothing={label_smoothing} and z_loss={z_loss} are for the model's own loss of all "
+                    "positions, but loss_function is set, or logits_to_keep or shift_labels is given; drop one of them"
                 )
+            if extra:  # an adapter or a shard on lm_head: the logits have to be made
+                logits = self.project(hidden)
+                return _loss_of_logits(logits, labels, shift, label_smoothing, z_loss, **kwargs), logits
             skip_logits = False
         elif skip_logits or extra:
             logits = None if skip_logits else self.project(hidden, logits_to_keep)
             return self._fused_loss(hidden, labels, shift, label_smoothing, z_loss, **kwargs), logits
         logits = self.project(hidden, logits_to_keep)
-        return self.loss_function(logits, labels, self.config.vocab_size, **kwargs), logits
+        loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        labelled = (kwargs.get("shift_labels", labels) != kwargs.get("ignore_index", -100)).any()
+        return torch.where(labelled.to(loss.device), loss, torch.zeros_like(loss)), logits  # a mean over nothing is 0
 
     def skips_logits(self, asked: bool | None) -> bool:
         """Whether a loss comes without logits: as `asked`, else in training."""
@@ -381,6 +392,30 @@ class UrformLanguageModel(UrformPreTrainedModel):
         )
 
 
+def _loss_of_logits(
+    logits: Tensor,
+    labels: Tensor,
+    shift: bool,
+    label_smoothing: float,
+    z_loss: float,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> Tensor:
+    """What `linear_cross_entropy` computes, of logits `[B, L, V]`; also where no label is kept."""
+    if shift:
+        labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    labels = labels.to(logits.device).flatten()
+    logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    total = nn.functional.cross_entropy(
+        logits, labels, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )
+    kept = labels != ignore_index
+    if z_loss:
+        total = total + z_loss * (logits.logsumexp(-1).square() * kept).sum()
+    return total / (kept.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
 class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
     """Sequence to sequence: translation, summarization, dialogue."""
 
@@ -398,9 +433,9 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """As the library's, but the cross-attention's cache slides in no layer."""
-        given = model_kwargs.get("past_key_values") is not None
+        given = model_kwargs.get(CACHE) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if given or "sliding_attention" not in self.config.decoder_layer_types or cache is None:
             return
         if isinstance(cache.cross_attention_cache, StaticCache):
@@ -427,6 +462,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         """See `UrformModel.forward`; `position_ids` are the source's here and go with the other keywords.
@@ -436,14 +472,25 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             logits_to_keep: Compute logits of the last so many positions only (0: all), or of those indexed.
             skip_logits: Return a loss without logits; None: in training. See `loss_and_logits` for the loss's options.
         """
+        given = decoder_input_ids is not None or decoder_inputs_embeds is not None
+        trains = kwargs.get("num_items_in_batch") is not None or (self.training and torch.is_grad_enabled())
+        if labels is None and not given and trains:
+            raise ValueError(
+                "neither labels nor decoder_input_ids came to a training step: Trainer takes the labels away under "
+                "label_smoothing_factor or compute_loss_func; use DataCollatorForSeq2Seq(tokenizer, model=model), "
+                "which makes decoder_input_ids of the labels, or UrformTrainer"
+            )
         if labels is not None:
             use_cache = False
             skip_logits = self.skips_logits(skip_logits)
-            given = decoder_input_ids is not None or decoder_inputs_embeds is not None
             if decoder_attention_mask is None and (skip_logits or not given) and kwargs.get("cu_seq_lens_q") is None:
                 decoder_attention_mask = real_targets(labels, given, seen=not skip_logits)
             if not given:
                 decoder_input_ids = decoder_inputs(self.config, labels, decoder_attention_mask)
+            past = given_cache(past_key_values, cache)
+            if past is not None and decoder_attention_mask is not None:  # a trained prefix (PEFT) is real
+                missing = past.get_seq_length() + labels.shape[1] - decoder_attention_mask.shape[1]
+                decoder_attention_mask = nn.functional.pad(decoder_attention_mask, (max(missing, 0), 0), value=1)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -451,7 +498,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             decoder_attention_mask=decoder_attention_mask,
             decoder_position_ids=decoder_position_ids,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            past_key_values=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
@@ -480,6 +527,7 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """See `UrformModel.forward`.
@@ -489,6 +537,7 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
             logits_to_keep: Compute logits of the last so many positions only (0: all), or of those indexed.
             skip_logits: Return a loss without logits; None: in training. See `loss_and_logits` for the loss's options.
         """
+        past_key_values = given_cache(past_key_values, cache)
         if labels is not None and use_cache is None and past_key_values is None:
             use_cache = False
         outputs = self.model(
@@ -500,17 +549,19 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
             use_cache=use_cache,
             **_without_loss(kwargs),
         )
-        if labels is not None and attention_mask is not None and attention_mask.ndim == 2:
-            # Padding on the left predicts nothing: a row's loss is what it is without padding.
-            before = nn.functional.pad(attention_mask[:, -labels.shape[1] :], (1, 0), value=1)[:, :-1]
-            labels = labels.masked_fill(before.to(labels.device) == 0, -100)
+        if labels is not None:
+            mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+            length, starts = labels.shape[1], kwargs.get("cu_seq_lens_q")
+            documents = find_documents(length, None if past_key_values is not None else position_ids, mask, starts)
+            follows = follows_its_own(length, mask, documents, labels.device)
+            labels = labels if follows is None else labels.masked_fill(~follows, -100)
         loss, logits = self.loss_and_logits(
             outputs.last_hidden_state, labels, logits_to_keep, skip_logits, shift=True, **_of_loss(kwargs)
         )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **cache_field(cache_of(outputs)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -579,8 +630,12 @@ class UrformForSequenceClassification(UrformPreTrainedModel):
         decoder_attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput | Seq2SeqSequenceClassifierOutput:
         """See `UrformModel.forward`; `labels` `[B]` are classes or numbers, `[B, num_labels]` several of them."""
@@ -591,12 +646,18 @@ class UrformForSequenceClassification(UrformPreTrainedModel):
             decoder_attention_mask=decoder_attention_mask,
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            decoder_position_ids=decoder_position_ids,
+            past_key_values=past_key_values,
             use_cache=False if labels is not None else use_cache,
             **_without_loss(kwargs),
         )
         hidden, ids, mask = outputs.last_hidden_state, input_ids, attention_mask
         if decoder_input_ids is not None or decoder_inputs_embeds is not None:
             ids, mask = decoder_input_ids, decoder_attention_mask
+        if mask is not None and mask.ndim == 2:
+            mask = mask[:, -hidden.shape[1] :]  # without the prefix that a cache holds
         logits = self.classifier(pool(hidden, real_tokens(hidden, ids, mask, self.config), self.config))
         loss = None
         if labels is not None:
@@ -627,11 +688,23 @@ class UrformForTokenClassification(UrformPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
         labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """See `UrformModel.forward`; `labels` `[B, S]` are -100 where there is no loss."""
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **_without_loss(kwargs))
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            **_without_loss(kwargs),
+        )
         logits = self.classifier(outputs.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
         return TokenClassifierOutput(
@@ -658,9 +731,15 @@ class UrformForQuestionAnswering(UrformPreTrainedModel):
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         use_cache: bool | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput | Seq2SeqQuestionAnsweringModelOutput:
         """See `UrformModel.forward`; positions `[B]` outside the text carry no loss."""
@@ -669,6 +748,12 @@ class UrformForQuestionAnswering(UrformPreTrainedModel):
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            decoder_position_ids=decoder_position_ids,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            past_key_values=past_key_values,
             use_cache=False if start_positions is not None else use_cache,
             **_without_loss(kwargs),
         )

@@ -35,6 +35,11 @@ class Packing:
     shape: tuple[int, int]
     documents: Tensor | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether not one token is real."""
+        return self.index is not None and self.index.numel() == 0
+
     def pack(self, x: Tensor) -> Tensor:
         """Take the real tokens: `[B, L, ...]` to `[1, N, ...]`."""
         flat = x.flatten(0, 1)
@@ -151,6 +156,46 @@ def find_documents(
     if not is_tracing(begins) and not begins.any():
         return None
     return nn.functional.pad(begins.long().cumsum(-1), (1, 0))
+
+
+def check_starts(cu_seq_lens: Tensor, rows: int, length: int) -> None:
+    """Raise ValueError unless `cu_seq_lens` `[documents + 1]` divides one row of `length` tokens.
+
+    Reads them on the host; in a graph that is being traced nothing is read.
+    """
+    if rows != 1:
+        raise ValueError(f"cu_seq_lens describe one packed row, the batch is {rows}; pack to batch 1")
+    if is_tracing(cu_seq_lens):
+        return
+    starts = cu_seq_lens.tolist()
+    if cu_seq_lens.ndim != 1 or starts[:1] != [0] or starts[-1] != length or sorted(starts) != starts:
+        raise ValueError(
+            f"cu_seq_lens={starts} must rise from 0 to the row's length, {length}; give the starts of the documents "
+            "and the total (for an encoder-decoder: cu_seq_lens_q of the targets, cu_seq_lens_k of the sources)"
+        )
+
+
+def sequence_lengths(positions: Tensor, documents: Tensor | None) -> Tensor:
+    """Length of the sequence of each token, by the last position in it: `[B, L]` from positions `[B, L]`."""
+    if documents is None:
+        return (positions.amax(-1, keepdim=True) + 1).expand_as(positions)
+    documents = documents.expand_as(positions)
+    last = positions.new_zeros(positions.shape[0], positions.shape[1])
+    return last.scatter_reduce(1, documents, positions, "amax").gather(1, documents) + 1
+
+
+def follows_its_own(length: int, mask: Tensor | None, documents: Tensor | None, device: torch.device) -> Tensor | None:
+    """Whether the token before each is a real one of its own document, bool `[B | 1, L]`; None: everywhere.
+
+    A causal model is asked for those tokens alone: padding and other documents predict nothing.
+    """
+    follows = None
+    if mask is not None:
+        follows = nn.functional.pad(mask[:, -length:], (1, 0), value=1)[:, :-1].to(device) != 0
+    if documents is not None:
+        same = nn.functional.pad(documents.diff(dim=-1) == 0, (1, 0), value=True).to(device)
+        follows = same if follows is None else follows & same
+    return follows
 
 
 def find_positions(

@@ -7,6 +7,7 @@ documents never see each other, source and target have masks of their own.
 Shapes: B batch, L length, S source length, E hidden.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -31,9 +33,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..configuration.bundle_urform import BundledCodeMixin
 from ..configuration.configuration_urform import UrformConfig
 from .attention_interface import register_attention
+from .caches_urform import CACHE, cache_field, given_cache
 from .kernels.attention_layouts import Layout
 from .kernels.dropout_bits import dropout
 from .layers_urform import (
+    SourceWeights,
     UrformAttention,
     UrformEmbedding,
     UrformLayer,
@@ -47,15 +51,19 @@ from .packing_urform import (
     DefaultAttention,
     Packing,
     check_pairs,
+    check_starts,
     find_documents,
     find_packing,
     find_positions,
     refuse_unpaired,
     same_document,
+    sequence_lengths,
     source_layout,
     takes_layouts,
 )
+from .parallel_urform import refuse_uneven
 
+logger = logging.get_logger(__name__)
 register_attention()  # remote code never runs the package's __init__
 
 _MASKS: dict[tuple[str, bool], Callable] = {
@@ -74,7 +82,7 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
     input_modalities = ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["UrformLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -122,6 +130,13 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
             kept = {k: v for k, v in entries.items() if names.issuperset((k,) if isinstance(k, str) else k)}
             setattr(self, plan, kept)
 
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the library's; refuses sizes that tensor parallelism cannot split, before weights are loaded."""
+        if distributed_config is not None and distributed_config.tp_size > 1 and distributed_config.tp_plan != {}:
+            refuse_uneven(model.config, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -138,6 +153,9 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
                     init.zeros_(module.weight[module.padding_idx])
         elif getattr(module, "offset", 0.0):
             init.constant_(module.weight, 1.0 - module.offset)
+        elif isinstance(module, SourceWeights):
+            for buffer in module.buffers():
+                init.zeros_(buffer)
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
@@ -226,14 +244,15 @@ class UrformStack(UrformPreTrainedModel):
         else:
             # What a hook adds (NEFTune's noise) may depend on the batch's shape.
             hooked = bool(self.embed_tokens._forward_hooks)
+            ids = input_ids if hooked else take(input_ids)
+            if hasattr(self.embed_tokens.weight, "placements") and not is_tracing(ids):
+                self._check_vocabulary(ids)  # a lookup in a sharded table gives zeros for what no shard has
             try:
-                embeds = take(self.embed_tokens(input_ids)) if hooked else self.embed_tokens(take(input_ids))
-            except IndexError as error:
-                low, high = (int(x) for x in input_ids.aminmax())
-                raise ValueError(
-                    f"input_ids holds {low if low < 0 else high}, outside 0..{self.embed_tokens.num_embeddings - 1}; "
-                    "the tokenizer is larger than vocab_size: call model.resize_token_embeddings(len(tokenizer))"
-                ) from error
+                embeds = self.embed_tokens(ids)
+            except IndexError:
+                self._check_vocabulary(ids)
+                raise
+            embeds = take(embeds) if hooked else embeds
         if self.embed_token_types is not None:
             if token_type_ids is None:
                 types = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -241,6 +260,24 @@ class UrformStack(UrformPreTrainedModel):
                 types = take(token_type_ids)
             embeds = embeds + self.embed_token_types(types)
         return embeds
+
+    def _check_past(self, mask: Tensor | None, past: int | Tensor, length: int) -> None:
+        """Refuse a 2D mask that does not cover what the cache holds: which keys it means would be a guess."""
+        if mask is not None and isinstance(past, int) and past > 0 and mask.shape[1] < past + length:
+            name = "decoder_attention_mask" if self.is_decoder and self.config.is_encoder_decoder else "attention_mask"
+            raise ValueError(
+                f"{name} covers {mask.shape[1]} tokens, but the cache holds {past} and {length} more come; give a mask "
+                f"of {past + length}, or none"
+            )
+
+    def _check_vocabulary(self, input_ids: Tensor) -> None:
+        rows = self.embed_tokens.num_embeddings
+        low, high = (int(x) for x in input_ids.aminmax()) if input_ids.numel() else (0, 0)
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"input_ids holds {low if low < 0 else high}, outside 0..{rows - 1}; "
+                "the tokenizer is larger than vocab_size: call model.resize_token_embeddings(len(tokenizer))"
+            )
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.dtype not in (torch.int64, torch.int32):
@@ -278,8 +315,16 @@ class UrformStack(UrformPreTrainedModel):
                 f"{config.max_position_embeddings}) or configure a longer table"
             ) from error
 
+    def _rope_lengths(self, position_ids: Tensor, documents: Tensor | None) -> Tensor | None:
+        """The lengths `[B, L]` on which rotary frequencies depend, where there are such."""
+        if self.rotary_emb is None or not any(module.depends_on_length for module in self.rotary_emb.values()):
+            return None
+        if self.config.rope_length == "batch":
+            return (position_ids.amax() + 1).expand_as(position_ids)
+        return sequence_lengths(position_ids, documents)
+
     def _masks(
-        self, embeds: Tensor, attention_mask: Any, cache: Cache | None, documents: Tensor | None
+        self, config: UrformConfig, embeds: Tensor, attention_mask: Any, cache: Cache | None, documents: Tensor | None
     ) -> dict[str, Any]:
         """One mask per layer type, in the form that the attention implementation wants."""
         if isinstance(attention_mask, dict):
@@ -287,11 +332,11 @@ class UrformStack(UrformPreTrainedModel):
         own = None if documents is None else same_document(documents, documents)
         return {
             kind: _MASKS[kind, self.is_decoder](
-                config=self.config,
+                config=config,
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
-                past_key_values=cache,
                 and_mask_function=own,
+                **{CACHE: cache},
             )
             for kind in set(self.layer_types)
         }
@@ -317,6 +362,17 @@ class UrformStack(UrformPreTrainedModel):
         wanted = (kwargs.get(flag, getattr(self.config, flag, None)) for flag in flags)
         return any(want is not None and want is not False for want in wanted)
 
+    def _implementation(self, kwargs: dict[str, Any]) -> str:
+        """The attention implementation of this call: eager where weights are asked for and it alone returns them."""
+        named = str(self.config._attn_implementation)
+        if not self._records(kwargs, "attentions", "cross_attentions") or named == "eager":
+            return named
+        if not takes_layouts(self.config) and named != "sdpa":
+            logger.warning_once(f"attn_implementation={named!r} returns no attention weights; set 'eager' to see them")
+            return named
+        logger.warning_once("output_attentions=True: this call uses eager attention, which alone returns weights")
+        return "eager"
+
     def _packing(
         self, given: Tensor, attention_mask: Any, cache: Cache | None, documents: Tensor | None, **kwargs: Any
     ) -> Packing | None:
@@ -328,7 +384,8 @@ class UrformStack(UrformPreTrainedModel):
         mask, packed = attention_mask, kwargs.get("cu_seq_lens_q")
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != given.shape[:2] or packed is not None):
             return None
-        return find_packing(tuple(given.shape[:2]), mask, documents, packed, given.device)
+        packing = find_packing(tuple(given.shape[:2]), mask, documents, packed, given.device)
+        return None if packing.is_empty else packing
 
     def _run(
         self,
@@ -347,8 +404,9 @@ class UrformStack(UrformPreTrainedModel):
         mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         past = cache.get_seq_length() if cache is not None else 0
         packed = kwargs.get("cu_seq_lens_q")
-        if packed is not None and given.shape[0] != 1:
-            raise ValueError(f"cu_seq_lens describe one packed row, the batch is {given.shape[0]}; pack to batch 1")
+        if packed is not None:
+            check_starts(packed, *given.shape[:2])
+        self._check_past(mask, past, given.shape[1])
         has_past = isinstance(past, Tensor) or past > 0
         documents = find_documents(given.shape[1], None if has_past else position_ids, mask, packed)
         packing = self._packing(given, attention_mask, cache, documents, **kwargs)
@@ -371,7 +429,11 @@ class UrformStack(UrformPreTrainedModel):
         hidden_states = dropout(hidden_states, self.config.hidden_dropout_prob, self.training)
 
         rotary = self.rotary_emb.items() if self.rotary_emb is not None else ()
-        angles = {kind: turns(*module(hidden_states, position_ids)) for kind, module in rotary}
+        lengths = self._rope_lengths(position_ids, documents if packing is None else packing.layout.sequences[None])
+        angles = {
+            kind: turns(*module(hidden_states, position_ids, lengths if module.depends_on_length else None))
+            for kind, module in rotary
+        }
         encoder_hidden_states = None if cross is None else cross[0]
         masks: dict[str, Any] = {}
         biases: dict[str, Any] = {}
@@ -392,9 +454,15 @@ class UrformStack(UrformPreTrainedModel):
             if layouts is not None:
                 kwargs.update(layouts)
             else:
-                masks = self._masks(embeds, attention_mask, cache, documents)
+                implementation = kwargs["implementation"] = self._implementation(kwargs)
+                config = self.config
+                if implementation != config._attn_implementation:
+                    config = copy.copy(config)
+                    config._attn_implementation_internal = implementation
+                masks = self._masks(config, embeds, attention_mask, cache, documents)
                 if cross is not None:
-                    kwargs["encoder_attention_mask"] = self._cross_mask(embeds, cross[0], documents, *cross[1:])
+                    states, cross_mask = cross[0], cross[1:]
+                    kwargs["encoder_attention_mask"] = self._cross_mask(config, embeds, states, documents, *cross_mask)
                 if documents is not None:
                     kwargs["position_ids"] = position_ids  # by these flash attention tells documents apart
         for layer in self.layers:  # what needs gradients goes by position: reentrant checkpointing sees only those
@@ -464,10 +532,11 @@ class UrformStack(UrformPreTrainedModel):
         device = encoder_hidden_states.device
         source = find_packing(tuple(shape), encoder_attention_mask, encoder_documents, None, device)
         check_pairs(packing, source)
-        return source
+        return None if source.is_empty else source
 
     def _cross_mask(
         self,
+        config: UrformConfig,
         embeds: Tensor,
         encoder_hidden_states: Tensor,
         documents: Tensor | None,
@@ -486,7 +555,7 @@ class UrformStack(UrformPreTrainedModel):
                 refuse_unpaired(*ends)
             same = same_document(*sides)
         return create_bidirectional_mask(
-            config=self.config,
+            config=config,
             inputs_embeds=embeds,
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
@@ -513,9 +582,12 @@ class UrformEncoder(UrformStack):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """See `UrformModel.forward`."""
+        """See `UrformModel.forward`; `past_key_values` is a prefix that every token sees (Li & Liang 2021)."""
+        if past_key_values is not None:
+            kwargs.update(past_key_values=past_key_values, cache=past_key_values)
         states = self._run(input_ids, inputs_embeds, attention_mask, position_ids, token_type_ids, **kwargs)
         return BaseModelOutput(last_hidden_state=states)
 
@@ -544,11 +616,13 @@ class UrformDecoder(UrformStack):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """See `UrformModel.forward`; `encoder_documents` `[B, S]` numbers the documents of packed sources."""
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states is None; the decoder of an encoder-decoder needs them")
+        past_key_values = given_cache(past_key_values, cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
             if self.config.is_encoder_decoder:  # the cross-attention's cache slides for no layer
@@ -569,5 +643,5 @@ class UrformDecoder(UrformStack):
             input_ids, inputs_embeds, attention_mask, position_ids, cache=cache, cross=cross, **kwargs
         )
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+            last_hidden_state=hidden_states, **cache_field(past_key_values if use_cache else None)
         )

@@ -116,7 +116,7 @@ def snippets(config: dict[str, Any], repo_id: str, tokenizer: Any, text: str, co
     else:
         third = load(base, code) + use(base)
         title = "Its hidden states alone" + (" (of the encoder)" if both else "")
-    with_urform = Snippet("With `pip install urform`", True, "import urform\n" + load(auto, False) + use(auto))
+    with_urform = Snippet("With urform installed", True, "import urform\n" + load(auto, False) + use(auto))
     if not code:
         return [with_urform, Snippet(title, True, "import urform\n" + third)]
     bare = Snippet("With nothing but transformers and torch", False, load(auto, True) + use(auto))

@@ -6,7 +6,6 @@ the model that they must fit is built without memory on PyTorch's meta device.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -15,19 +14,12 @@ from typing import Any
 
 from ..configuration.bundle_stamp import bundle_files
 from ..configuration.bundle_urform import HEADS
+from ..configuration.checkpoint_files import read_json, read_weight_map, refuse_links
+from .secret_patterns import find_secret
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
 # What Trainer leaves beside a model: not part of the model, not published, and pickled for the most part.
 _TRAINER_STATE = ("training_args.bin", "optimizer.", "scheduler.pt", "scaler.pt", "rng_state")
-_SECRETS = {
-    "a Hugging Face token": r"hf_[A-Za-z0-9]{30,}",
-    "a GitHub token": r"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,}",
-    "an AWS key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    "an API key": r"\bsk-[A-Za-z0-9_-]{32,}",
-    "a Slack token": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a password in an address": r"[a-z]+://[^/\s:@]+:[^/\s:@]+@",
-}
 _INDEX = re.compile(r"model\.safetensors\.index(?:\.([^/.]+))?\.json")
 _WEIGHTS = re.compile(r"model(?:\.([^/.]+))?\.safetensors")
 
@@ -39,9 +31,11 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
         checkpoint: the folder that `save_pretrained` or Trainer wrote.
 
     Raises:
-        ValueError: something is missing, damaged, not finite, inconsistent, pickled or secret; the message names it.
+        ValueError: something is missing, damaged, not finite, inconsistent, pickled, secret or a link that leads out
+            of the folder; the message names it.
     """
     folder = Path(checkpoint)
+    refuse_links(folder)
     config = _read_config(folder)
     _refuse_pickles(folder)
     refuse_secrets(folder, [*bundle_files(folder), "README.md", "trainer_state.json", "training_args.json"])
@@ -53,17 +47,6 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file; ValueError with the file's name if it is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); save the checkpoint again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; save the checkpoint again.")
-    return value
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         hint = (
@@ -73,10 +56,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     if config.get("model_type") != "urform":
         raise ValueError(f"{folder}/config.json has model_type={config.get('model_type')!r}; only 'urform' is served.")
-    known = [name for name, _ in HEADS.values()]
-    if (config.get("architectures") or [None])[0] not in known:
+    known, named = [name for name, _ in HEADS.values()], config.get("architectures")
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
         raise ValueError(
-            f"{folder}/config.json has architectures={config.get('architectures')!r}, which is no class of Urform "
+            f"{folder}/config.json has architectures={_short(named)}; it must be a list with the name of the model's "
+            f'class, such as ["{known[0]}"]. Save the checkpoint again.'
+        )
+    if named[0] not in known:
+        raise ValueError(
+            f"{folder}/config.json has architectures={_short(named)}, which is no class of Urform "
             f"({', '.join(known)}); a class of your own is published with its register_for_auto_class and push_to_hub."
         )
     if config.get("quantization_config"):
@@ -105,10 +93,9 @@ def refuse_secrets(folder: Path, names: list[str]) -> None:
             continue
         # Of weights, the header: its metadata is free text.
         text = _header(path) if name.endswith(".safetensors") else path.read_text(encoding="utf-8", errors="replace")
-        for what, pattern in {**_SECRETS, **({"your own token": re.escape(own)} if own else {})}.items():
-            if match := re.search(pattern, text):
-                line = text.count("\n", 0, match.start()) + 1
-                raise ValueError(f"{path}:{line}: what looks like {what} would be published. Remove it, and revoke it.")
+        if found := find_secret(text, own):
+            what, line = found
+            raise ValueError(f"{path}:{line}: what looks like {what} would be published. Remove it, and revoke it.")
 
 
 def _header(path: Path) -> str:
@@ -122,16 +109,7 @@ def _weight_sets(folder: Path) -> dict[str, list[str]]:
     sets: dict[str, list[str]] = {}
     for path in sorted(folder.iterdir()):
         if match := _INDEX.fullmatch(path.name):
-            index = read_json(path).get("weight_map")
-            if not isinstance(index, dict) or not index:
-                raise ValueError(f"{path} has no weight_map; save the model again with save_pretrained.")
-            shards = sorted(set(map(str, index.values())))
-            outside = [name for name in shards if Path(name).name != name or not name.endswith(".safetensors")]
-            if outside:
-                raise ValueError(
-                    f"{path} names {', '.join(map(repr, outside))}; a shard is a .safetensors file beside the index."
-                )
-            sets[match[1] or ""] = shards
+            sets[match[1] or ""] = sorted(set(read_weight_map(path).values()))
         elif match := _WEIGHTS.fullmatch(path.name):
             sets.setdefault(match[1] or "", [path.name])
     if "" not in sets:
@@ -148,8 +126,11 @@ def _expected(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dic
 
     import urform
 
-    with torch.device("meta"):
-        model = getattr(urform, config["architectures"][0])(urform.UrformConfig.from_pretrained(folder))
+    try:
+        with torch.device("meta"):
+            model = getattr(urform, config["architectures"][0])(urform.UrformConfig.from_pretrained(folder))
+    except Exception as error:  # of many kinds: huggingface_hub's validation has its own
+        raise ValueError(f"{folder}/config.json describes no model ({type(error).__name__}: {error}).") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return shapes, dict(model.all_tied_weights_keys), model.config
 
@@ -200,7 +181,7 @@ def _check_weights(
             )
     index = folder / f"model.safetensors.index{'.' if variant else ''}{variant}.json"
     if index.is_file():
-        weight_map = read_json(index)["weight_map"]
+        weight_map = read_weight_map(index)
         wrong = sorted(n for n in weight_map.keys() | where.keys() if weight_map.get(n) != where.get(n))
         if wrong:
             raise ValueError(f"{index} and the shards disagree about {_some(wrong)}; save the model again.")
@@ -229,7 +210,10 @@ def _check_ids(folder: Path, parsed: Any) -> None:
 
         import urform  # noqa: F401  (makes UrformTokenizer known)
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # of many kinds: tokenizers raises Exception itself
+            raise ValueError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
         largest, token = max((id, token) for token, id in tokenizer.get_vocab().items())
         if largest >= vocab_size:
             raise ValueError(
@@ -244,6 +228,8 @@ def _check_ids(folder: Path, parsed: Any) -> None:
                 )
     for name, value in ids.items():
         for one in value if isinstance(value, list) else [value]:
+            if one is not None and not isinstance(one, int):
+                raise ValueError(f"{folder}: {name}={_short(value)} is no token id; save the checkpoint again.")
             if one is not None and not 0 <= one < vocab_size:
                 raise ValueError(f"{folder}: {name}={one} is outside of the vocabulary of {vocab_size} tokens.")
 
@@ -251,6 +237,11 @@ def _check_ids(folder: Path, parsed: Any) -> None:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has a tokenizer beside the model."""
     return (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _some(names: list[str]) -> str:

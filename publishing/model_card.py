@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..configuration.bundle_urform import package_version
+from ..configuration.checkpoint_files import INDEX_NAME, read_json, read_weight_map, refuse_links
+from ..dependencies import HOW_TO_INSTALL, install_command
 from .card_pictures import ALIGNMENT_NAME, CURVE_NAME, can_draw, draw_alignment, draw_curve
 from .card_snippets import Snippet, auto_class, snippets
-from .checkpoint_checks import has_tokenizer, read_json
+from .checkpoint_checks import has_tokenizer
 from .training_record import TrainingRecord
 
 MARK = "<!-- This card was written by urform; without this line it is yours, and is kept when you publish again. -->"
@@ -79,30 +82,32 @@ def make_card(
         folder: the bundle: `config.json`, weights, tokenizer.
         repo_id: what the snippets load.
         record: what is known of the training.
-        given: the author's card data, which override all else.
+        given: the author's card data. Metadata override what was found; texts come before what is known.
         code: whether the bundle holds code for `trust_remote_code=True`.
         verified: whether the snippets are run before publication.
     """
     from huggingface_hub import ModelCard
 
     given = dict(given or {})
+    refuse_links(folder)
     import urform
 
     config, full = read_json(folder / "config.json"), urform.UrformConfig.from_pretrained(folder)
     tokenizer = _tokenizer(folder)
     example = str(given.get("example") or "1 2 3")
     shown = snippets(config, repo_id, tokenizer, example, code)
+    _warn_of_missing_pictures(record, config, given, tokenizer)
     sections = [
         f"# {given.get('model_name') or repo_id.rpartition('/')[2]}",
-        str(given.get("description") or _description(folder, full, config)),
+        _joined(given.get("description"), _description(folder, full, config)),
         _section("Intended use", given.get("intended_use")),
         _how_to_use(shown, code, verified),
         _section("Results", _results(record)),
-        _section("Training data", given.get("training_data") or _data(record, given)),
+        _section("Training data", _joined(given.get("training_data"), _data(record, given))),
         _section("Training", _training(record, folder)),
         _section("Compute", _compute(record, given)),
         _section("Attention alignment", _alignment(folder, config, given) if tokenizer is not None else None),
-        _section("Limitations", given.get("limitations") or _limitations(full, record)),
+        _section("Limitations", _limitations(full, record, given.get("limitations"))),
         _section("Checking the files", _checking(repo_id)),
         _section("Citation", given.get("citation")),
         MARK,
@@ -115,6 +120,7 @@ def update_card(folder: Path, repo_id: str, record: TrainingRecord, given: Mappi
     """Return the card that is in `folder`, its text as it is, with the metadata that it lacks or the author gives."""
     from huggingface_hub import ModelCard
 
+    refuse_links(folder)
     card = ModelCard.load(folder / "README.md")
     languages = getattr(_tokenizer(folder), "languages", ())
     ours = _metadata(read_json(folder / "config.json"), repo_id, record, dict(given or {}), languages).to_dict()
@@ -136,6 +142,7 @@ def is_placeholder(card: Path) -> bool:
 def complete_card(folder: Path, repo_id: str) -> None:
     """Replace the card that transformers' `push_to_hub` writes by one about this model; a person's card stays."""
     path = folder / "README.md"
+    refuse_links(folder)
     if path.is_file() and is_placeholder(path) and (folder / "config.json").is_file():
         from huggingface_hub import ModelCard
 
@@ -216,6 +223,11 @@ def _section(title: str, text: Any) -> str:
     return f"## {title}\n\n{str(text).strip()}" if text else ""
 
 
+def _joined(words: Any, known: str | None) -> str:
+    """Return the author's words, then what is known: the one does not replace the other."""
+    return "\n\n".join(text for text in (str(words or "").strip(), known) if text)
+
+
 def _tokenizer(folder: Path) -> Any:
     if not has_tokenizer(folder):
         return None
@@ -243,8 +255,8 @@ def _parameters(folder: Path) -> int:
 
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    index = folder / INDEX_NAME
+    shards = sorted(set(read_weight_map(index).values())) if index.is_file() else ["model.safetensors"]
     count = 0
     for shard in shards:
         with safe_open(folder / shard, framework="pt") as file:
@@ -255,7 +267,8 @@ def _parameters(folder: Path) -> int:
 def _how_to_use(shown: list[Snippet], code: bool, verified: bool) -> str:
     parts = ["## How to use"]
     if not code:
-        parts.append("This repository holds no code: `pip install urform` first.")
+        parts.append("This repository holds no code: urform has to be installed.")
+    parts.append(f"Urform is on no package index; it is installed by {HOW_TO_INSTALL}.")
     if verified:
         parts.append("Each of these was run before publication, as it stands here.")
     for snippet in shown:
@@ -327,8 +340,28 @@ def _compute(record: TrainingRecord, given: dict[str, Any]) -> str | None:
     return "\n\n".join(parts) or None
 
 
+def _warn_of_missing_pictures(
+    record: TrainingRecord, config: dict[str, Any], given: dict[str, Any], tokenizer: Any
+) -> None:
+    if can_draw():
+        return
+    missing = ["the learning curve"] if any(len(points) > 1 for points in record.curve.values()) else []
+    missing += ["the attention alignment"] if tokenizer is not None and _has_alignment(config, given) else []
+    if missing:
+        remedy = f"pip install matplotlib (or {install_command('hub')}), and publish again"
+        warnings.warn(
+            f"the model card is written without {' and '.join(missing)}, for matplotlib is not installed: {remedy}",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _has_alignment(config: dict[str, Any], given: dict[str, Any]) -> bool:
+    return auto_class(config) == "AutoModelForSeq2SeqLM" and bool(given.get("example"))
+
+
 def _alignment(folder: Path, config: dict[str, Any], given: dict[str, Any]) -> str | None:
-    if auto_class(config) != "AutoModelForSeq2SeqLM" or not given.get("example") or not can_draw():
+    if not _has_alignment(config, given) or not can_draw():
         return None
     if not draw_alignment(folder, str(given["example"]), folder / ALIGNMENT_NAME):
         return None
@@ -338,10 +371,13 @@ def _alignment(folder: Path, config: dict[str, Any], given: dict[str, Any]) -> s
     )
 
 
-def _limitations(full: Any, record: TrainingRecord) -> str:
-    said = []
-    if full.position_encoding == "learned":
-        said.append(f"Inputs end at {full.max_position_embeddings} tokens: positions are a learned table.")
+def _limitations(full: Any, record: TrainingRecord, words: Any) -> str:
+    """Return the author's words or, for want of them, what holds for any model; and the limit of the positions."""
+    ends = full.position_encoding == "learned"
+    known = f"Inputs end at {full.max_position_embeddings} tokens: positions are a learned table." if ends else ""
+    if words:
+        return _joined(words, known)
+    said = [known] if known else []
     if not record.results and not record.test:
         said.append("No results are recorded: how good the model is was not measured, or not here.")
     else:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_checks import read_json
+from ..configuration.checkpoint_files import read_json, refuse_link
 
 ARGUMENTS_NAME = "training_args.json"
 # What a reader needs to repeat a run; the rest of the 120 arguments says where and how often things were written.
@@ -22,6 +22,8 @@ TOLD = (
     "lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
     "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "seed", "data_seed",
 )  # fmt: skip
+
+_NUMBER = (int, float)
 
 
 @dataclass
@@ -64,7 +66,7 @@ class TrainingRecord:
         curve: dict[str, list[tuple[int, float]]] = {}
         for entry in self.history:
             for key, name in (("loss", "training"), ("eval_loss", "evaluation")):
-                if key in entry and "step" in entry:
+                if entry.get(key) is not None and entry.get("step") is not None:
                     curve.setdefault(name, []).append((int(entry["step"]), float(entry[key])))
         return curve
 
@@ -96,43 +98,76 @@ def _told(arguments: Any) -> dict[str, Any]:
     return {"arguments": values, "processes": arguments.world_size, "device": device, "on_gpu": on_gpu}
 
 
-def _read_arguments(record: TrainingRecord, told: dict[str, Any]) -> None:
-    record.arguments = {name: told["arguments"][name] for name in TOLD if name in told.get("arguments", {})}
-    record.processes, record.device = int(told.get("processes", 1)), str(told.get("device", ""))
+def _check(path: Path, fields: Any, kinds: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """Return a table of a file; ValueError with file and field where it is none or a field is of another kind."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: {section or 'its content'} is {str(fields)[:80]!r} and should be a table of fields.")
+    for name, kind in kinds.items():
+        if fields.get(name) is not None and not isinstance(fields[name], kind):
+            wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"{path}: {section}{name} is {str(fields[name])[:80]!r} and should be of type {wanted}.")
+    return fields
+
+
+def _read_arguments(record: TrainingRecord, told: dict[str, Any], path: Path = Path(ARGUMENTS_NAME)) -> None:
+    _check(path, told, {"arguments": dict, "processes": int, "device": str})
+    arguments = told.get("arguments") or {}
+    record.arguments = {name: arguments[name] for name in TOLD if name in arguments}
+    record.processes, record.device = told.get("processes") or 1, told.get("device") or ""
     record.on_gpu = bool(told.get("on_gpu", False))
 
 
 def read_record(checkpoint: str | Path) -> TrainingRecord:
-    """Read what there is about the run that wrote `checkpoint` (a checkpoint, or the folder of a run)."""
+    """Read what there is about the run that wrote `checkpoint` (a checkpoint, or the folder of a run).
+
+    Raises:
+        ValueError: a file cannot be read, has another form than the one in which it is written, or is a link that leads
+            out of the folder.
+    """
     folder = Path(checkpoint)
     places = [folder, *_checkpoints(folder)]
     if re.fullmatch(r"checkpoint-\d+", folder.name):
         places.append(folder.parent)
     record = TrainingRecord()
-    if (path := _first([folder, *_checkpoints(folder)], "trainer_state.json")) is not None:
-        _read_state(record, read_json(path))
-    if (path := _first(places, ARGUMENTS_NAME)) is not None:
-        _read_arguments(record, read_json(path))
-    if (path := _first(places, "recipe.yaml")) is not None:
-        import yaml
-
-        record.recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        stated = record.recipe.get("training", {})
-        record.arguments = {**{name: stated[name] for name in TOLD if name in stated}, **record.arguments}
-    if (path := _first([folder], "results.json")) is not None:
-        results = read_json(path)
-        record.test = results.get("test", {})
+    if (path := _first([folder, *_checkpoints(folder)], "trainer_state.json", folder)) is not None:
+        _read_state(record, read_json(path), path)
+    if (path := _first(places, ARGUMENTS_NAME, folder)) is not None:
+        _read_arguments(record, read_json(path), path)
+    if (path := _first(places, "recipe.yaml", folder)) is not None:
+        _read_recipe(record, path)
+    if (path := _first([folder], "results.json", folder)) is not None:
+        results = _check(path, read_json(path), {"test": dict, "train_runtime": _NUMBER, "total_flos": _NUMBER})
+        record.test = results.get("test") or {}
         record.seconds = results.get("train_runtime", record.seconds)
         record.flops = results.get("total_flos", record.flops)
     return record
 
 
-def _read_state(record: TrainingRecord, state: dict[str, Any]) -> None:
-    record.history = [entry for entry in state.get("log_history", []) if isinstance(entry, dict)]
+def _read_recipe(record: TrainingRecord, path: Path) -> None:
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as YAML ({type(error).__name__}: {error})") from error
+    recipe = _check(path, {} if recipe is None else recipe, {"data": dict, "model": dict, "training": dict})
+    words = ("task", "data_dir", "dataset_name", "source_language", "target_language")
+    _check(path, recipe.get("data") or {}, dict.fromkeys(words, str), "data.")
+    _check(path, recipe.get("model") or {}, {"from_pretrained": str}, "model.")
+    record.recipe = {section: fields for section, fields in recipe.items() if fields is not None}
+    stated = record.recipe.get("training", {})
+    record.arguments = {**{name: stated[name] for name in TOLD if name in stated}, **record.arguments}
+
+
+def _read_state(record: TrainingRecord, state: dict[str, Any], path: Path = Path("trainer_state.json")) -> None:
+    numbers = dict.fromkeys(("epoch", "total_flos", "best_metric"), _NUMBER)
+    _check(path, state, {"log_history": list, "global_step": int, "best_global_step": int, **numbers})
+    record.history = [entry for entry in state.get("log_history") or [] if isinstance(entry, dict)]
     record.steps, record.epochs = state.get("global_step"), state.get("epoch")
     record.flops = state.get("total_flos") or None
     skipped = ("runtime", "per_second", "steps", "epoch", "mem_")
     for entry in record.history:
+        _check(path, entry, {"step": int, **dict.fromkeys(("loss", "eval_loss", "train_runtime"), _NUMBER)}, "log: ")
         record.seconds = entry.get("train_runtime", record.seconds)
         found = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
         found = {
@@ -141,7 +176,7 @@ def _read_state(record: TrainingRecord, state: dict[str, Any]) -> None:
             if isinstance(value, (int, float)) and not any(part in key for part in skipped)
         }
         record.results = found or record.results
-    if isinstance(state.get("best_metric"), (int, float)):
+    if state.get("best_metric") is not None:
         value, step = state["best_metric"], state.get("best_global_step")
         names = [k for e in record.history for k, v in e.items() if k.startswith("eval_") and v == value]
         record.best = (names[0].removeprefix("eval_") if names else "best metric", float(value), step)
@@ -152,5 +187,10 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: -int(p.name.partition("-")[2]))
 
 
-def _first(places: list[Path], name: str) -> Path | None:
-    return next((place / name for place in places if (place / name).is_file()), None)
+def _first(places: list[Path], name: str, folder: Path) -> Path | None:
+    """Return the first of the files of a name; none may be a link out of `folder`, or of the folder of the run."""
+    for place in places:
+        if (place / name).is_file():
+            refuse_link(place if place == folder.parent else folder, place / name)
+            return place / name
+    return None

@@ -23,8 +23,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..configuration.bundle_urform import auto_map
+from ..configuration.checkpoint_files import read_json, refuse_links
 from .card_snippets import auto_class
-from .checkpoint_checks import has_tokenizer, read_json
+from .checkpoint_checks import has_tokenizer
 from .model_card import MARK
 
 _LEFT_OUT = {"urform", "triton"}
@@ -93,6 +94,7 @@ def verify_bundle(
     import json
 
     bundle, home = Path(directory).resolve(), Path(scratch)
+    refuse_links(bundle, everything=True)
     config = read_json(bundle / "config.json")
     if repo_id is None:
         named = re.search(r'from_pretrained\("([^"]+)"', "".join(card_snippets(bundle)))
@@ -144,6 +146,7 @@ def cache_as_downloaded(bundle: Path, repo_id: str, cache: Path) -> None:
 
 
 def _link(source: str, target: str) -> None:
+    source = os.path.realpath(source)
     try:
         os.link(source, target)
     except OSError:  # another file system

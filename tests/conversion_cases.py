@@ -179,6 +179,16 @@ def compare_pad_row(stock: Any, ours: Any) -> None:
         close(*grads, "gradient of the embeddings with a pad token inside a text")
 
 
+def forget_lengths(stock: Any) -> None:
+    """Set rotary frequencies back: stock classes remember the longest input of dynamic scaling, ours do not."""
+    for module in stock.modules():
+        for name, value in list(module.named_buffers(recurse=False)):
+            if name.endswith("original_inv_freq"):
+                kind = name.removesuffix("original_inv_freq")
+                module.register_buffer(f"{kind}inv_freq", value.clone(), persistent=False)
+                setattr(module, f"{kind}max_seq_len_cached", module.original_max_seq_len)
+
+
 def compare_generation(stock: Any, ours: Any, new_tokens: int = 6) -> None:
     """Greedy with and without cache, and beams: token for token, in a left-padded batch."""
     pad = 0 if stock.config.pad_token_id is None else stock.config.pad_token_id
@@ -188,6 +198,7 @@ def compare_generation(stock: Any, ours: Any, new_tokens: int = 6) -> None:
         have = ours.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **settings)
         if getattr(stock.config, "num_decoder_layers", 0) > stock.config.num_hidden_layers:
             settings = {**settings, "use_cache": False}  # stock T5's cache has as many layers as its encoder
+        forget_lengths(stock)
         want = stock.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **settings)
         assert have.tolist() == want.tolist(), f"generation with {settings}"
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import runpy
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_ratios_take_each_sides_best_within_a_group() -> None:
 
 
 def test_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench = make_bench("--repeats", "2")
+    bench = make_bench("--repeats", "2", "--dirty")
     bench.results = tmp_path / "results" / "test.jsonl"
 
     def broken(round_: int) -> None:
@@ -109,10 +110,43 @@ def test_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert entry["rate"]["n"] == 2 and entry["rate"]["overall"] > 0 and set(rows[0]["measured"]) == {"urform", "plain"}
     assert rows[0]["device"]["kind"] == "cpu" and rows[0]["device"]["cpu"] and "flags" in rows[0]["device"]
     assert rows[0]["versions"]["torch"] == torch.__version__ and rows[0]["threads"] == 1
-    assert {"commit", "dirty", "date", "command"} <= rows[0].keys()
+    assert {"commit", "dirty", "changed", "date", "command"} <= rows[0].keys()
     assert rows[1]["measured"]["urform"]["peak_bytes"] >= 16
     shown = capsys.readouterr().out
     assert "urform / plain" in shown and "not on this machine" in shown
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clean repository that the harness takes for its own."""
+    root = tmp_path / "repository"
+    (root / "benchmarks" / "results").mkdir(parents=True)
+    for name in ("model.py", "README.md", "benchmarks/results/test.jsonl", "benchmarks/results/README.md"):
+        (root / name).write_text("x\n")
+    who = ["-c", "user.name=me", "-c", "user.email=me@host", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "all"]):
+        subprocess.run(["git", *words], cwd=root, check=True)
+    monkeypatch.setattr(harness, "ROOT", root)
+    monkeypatch.setattr(harness, "RESULTS", root / "benchmarks" / "results")
+    return root
+
+
+def test_rows_say_what_was_dirty_and_do_not_make_the_next_ones_dirty(repository: Path) -> None:
+    ours = [Contender("urform", "", lambda i: None)]
+    for _ in range(2):  # the second run finds the first one's rows
+        bench = make_bench("--repeats", "1")
+        row = bench.compare("x", {}, ours)
+        (repository / "README.md").write_text("edited while it runs\n")
+        (repository / "benchmarks" / "results" / "README.md").write_text("edited\n")
+        later = bench.compare("y", {}, ours)
+        assert (row["dirty"], row["changed"], later["dirty"]) == (False, [], False)
+    assert len((repository / "benchmarks" / "results" / "test.jsonl").read_text().splitlines()) == 5
+    (repository / "model.py").write_text("edited\n")
+    (repository / "new.py").write_text("not known to git\n")
+    with pytest.raises(SystemExit, match=r"clean tree, and model\.py, new\.py differ from \w+: commit them"):
+        make_bench()
+    assert make_bench("--no-record").code["dirty"]
+    assert make_bench("--dirty").compare("x", {}, ours)["changed"] == ["model.py", "new.py"]
 
 
 def test_our_own_failure_is_raised() -> None:
@@ -152,7 +186,7 @@ def test_peak_counts_what_lives_at_once() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--plot", "x.png"], r"pip install 'urform\[bench\]'"),
+        (["--plot", "x.png"], r"pip install -e '.*\[bench\]'"),
         (["--device", "cuda"], "--device cpu"),
         (["--repeats", "0"], "at least 1"),
     ],

@@ -1,7 +1,12 @@
 """The config: round trips, presets, what it refuses and how."""
 
+import copy
 import json
 import logging
+import random
+import re
+import time
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +220,169 @@ def test_initial_weights(initializer: str, expected: dict[str, float]) -> None:
     assert model.decoder.embed_tokens.weight[config.pad_token_id].abs().sum() == 0
     assert torch.equal(layer.mlp_norm.weight, torch.full((128,), 1.0 - config.norm_offset))
     assert layer.self_attn.q_proj.bias.abs().sum() == 0
+
+
+ONE: list[tuple[dict[str, Any], str]] = [
+    ({"num_attention_heads": 0}, r"num_attention_heads=0 must be a positive integer"),
+    ({"decoder_num_attention_heads": 0}, r"decoder_num_attention_heads=0 must be a positive integer"),
+    ({"num_hidden_layers": 10**7}, r"num_hidden_layers=10000000 .*at most 10,000"),
+    ({"vocab_size": 10**12}, r"vocab_size=1000000000000 .*at most 10,000,000"),
+    ({"num_labels": 10**12}, r"num_labels=1000000000000 .*at most"),
+    ({"logit_scale": float("nan")}, r"logit_scale=nan must be a finite number"),
+    ({"logit_scale": float("inf")}, r"logit_scale=inf must be a finite number"),
+    ({"norm_offset": float("-inf")}, r"norm_offset=-inf must be a finite number"),
+    ({"norm_eps": float("inf")}, r"norm_eps=inf must be a finite number"),
+    ({"classifier_dropout": float("nan")}, r"classifier_dropout=nan must be a finite number"),
+    ({"classifier_dropout": 1.5}, r"classifier_dropout=1.5 .*less than 1"),
+    ({"attention_dropout": 1.0}, r"attention_dropout=1.0 .*less than 1"),
+    ({"pad_token_id": 32000}, r"pad_token_id=32000 must be from 0 to 31999.*vocab_size"),
+    ({"bos_token_id": -1}, r"bos_token_id=-1 must be from 0 to 31999"),
+    ({"eos_token_id": [2, 40000]}, r"eos_token_id=\[2, 40000\] must be from 0 to 31999"),
+    ({"decoder_start_token_id": 32000}, r"decoder_start_token_id=32000 must be from 0"),
+    ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [1.0] * 3,
+                          "original_max_position_embeddings": 8}},
+     r"rope_parameters\['long_factor'\] must be a list of 32 numbers.* is 3"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, r"rope_parameters of rope_type='yarn' lacks factor"),
+    ({"rope_parameters": {"rope_theta": 0}}, r"rope_parameters\['rope_theta'\]=0 must be positive"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, r"\['full_attention'\] of .* lacks factor"),
+    ({"per_layer_config": {0: {"intermediate_size": 7}}}, r"per_layer_config .*leave it out"),
+    ({"is_causal": False}, r"is_causal=False is no field .*transformers reads it"),
+    ({"original_max_position_embeddings": 8}, r"original_max_position_embeddings=8 .*set it in rope_parameters"),
+    ({"architectures": {"a": 1}}, r"architectures={'a': 1} must be a list of names"),
+    ({"dtype": "int64"}, r"dtype='int64' is no dtype of a model"),
+    ({"problem_type": "x"}, r"problem_type='x' is unknown"),
+    ({"source_weights": {"a": ["float32", [-1]]}}, r"source_weights\['a'\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "message"), ONE)
+def test_a_value_that_cannot_be_is_a_value_error(fields: dict[str, Any], message: str) -> None:
+    """By field, value and remedy, in far less than a second."""
+    begin = time.process_time()
+    with pytest.raises(ValueError, match=message):
+        UrformConfig(**fields)
+    assert time.process_time() - begin < 0.5
+
+
+@pytest.mark.parametrize("text", ['{"x": ' + "[" * 900 + "]" * 900 + "}", "[" * 10**5 + "]" * 10**5, "[1]"])
+def test_json_that_is_no_config_is_a_value_error(text: str, tmp_path: Path) -> None:
+    """Nested deeply or another kind: the file is named."""
+    (tmp_path / "config.json").write_text(text)
+    for load in (UrformConfig.from_pretrained, UrformModel.from_pretrained, urform.from_transformers):
+        with pytest.raises(ValueError, match=r"config\.json"):
+            load(tmp_path)
+
+
+def test_nesting_that_the_library_can_read_is_refused_through_it_too(tmp_path: Path) -> None:
+    config = UrformConfig.from_preset("tiny-decoder").to_dict()
+    for _ in range(100):
+        config["x"] = [config.get("x")]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "urform"}))
+    with pytest.raises(ValueError, match="nested more than 50 deep"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- what is accepted
+
+NAN, INF = float("nan"), float("inf")
+ODD: list[Any] = [0, 1, -1, 2, 3, 5, 7, 64, 10**7, 10**12, 10**40, True, False, None, 0.0, 0.5, 1.0, -1.0, 1e-30, 1e30,
+                  1e308, NAN, INF, -INF, "", "8", "gelu", "relu", [], [1], [2, 5], [2, 10**6], ["full_attention"] * 2,
+                  ["sliding_attention", "full_attention"], ["x", "y"], {}, {"a": 1}, {"rope_type": "x"}]  # fmt: skip
+ROPES: list[Any] = [
+    {"rope_type": kind, **more}
+    for kind in ("default", "linear", "dynamic", "proportional", "yarn", "longrope", "llama3", "axial")
+    for more in (
+        {},
+        {"factor": 2.0},
+        {"factor": NAN},
+        {"factor": 2.0, "original_max_position_embeddings": 8, "rope_theta": 1.0},
+        {"factor": 2.0, "original_max_position_embeddings": 8, "partial_rotary_factor": 0.5},
+        {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 8},
+        {"short_factor": [1.0] * 4, "long_factor": [2.0] * 3, "original_max_position_embeddings": 8},
+        {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8},
+        {"factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8},
+    )
+] + [{"rope_theta": value} for value in (0, -1.0, NAN, INF, "x", None, 1.0, 1e6)]
+LITERALS = {
+    "norm_position": ("pre", "post", "sandwich", "parallel"),
+    "norm_type": ("layernorm", "rmsnorm"),
+    "position_encoding": ("sinusoidal", "learned", "rope", "alibi", "t5", "none"),
+    "position_counting": ("mask", "columns", "tokens"),
+    "sinusoidal_layout": ("interleaved", "halves", "tensor2tensor"),
+    "classifier_pooling": ("first", "last", "mean"),
+    "initializer": ("normal", "xavier", "gpt2", "t5"),
+}
+NOT_DRAWN = {"transformers_version", "source_family", "source_fields", "architecture", "return_dict", "id2label",
+             "label2id", "output_hidden_states"}  # fmt: skip
+
+
+def draw_config(rng: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of a small config, and some of them that have another value, sensible or odd."""
+    architecture = rng.choice(["encoder", "decoder", "encoder-decoder"])
+    fields: dict[str, Any] = {"architecture": architecture, "vocab_size": 19, "hidden_size": 16, "num_hidden_layers": 2}
+    fields |= {"intermediate_size": 24, "num_attention_heads": 2, "max_position_embeddings": 32}
+    fields |= {name: rng.choice(values) for name, values in LITERALS.items() if rng.random() < 0.4}
+    names = [field.name for field in dataclass_fields(UrformConfig) if field.name not in NOT_DRAWN]
+    changed: dict[str, Any] = {}
+    for name in rng.sample(names, rng.choice([0, 1, 1, 1, 2, 3])):
+        if name == "rope_parameters":
+            changed[name] = copy.deepcopy(rng.choice(ROPES))
+        else:
+            changed[name] = copy.deepcopy(rng.choice(ODD if name not in LITERALS else [*LITERALS[name], *ODD]))
+        if isinstance(getattr(UrformConfig, name, None), bool) and rng.random() < 0.7:
+            changed[name] = rng.random() < 0.5
+    return fields, changed
+
+
+def config_or_refusal(fields: dict[str, Any], changed: dict[str, Any]) -> UrformConfig | None:
+    """The config; None for a ValueError that names one of the fields that it was given, within a second."""
+    begin = time.process_time()
+    try:
+        return UrformConfig(**{**fields, **changed})
+    except ValueError as error:
+        given = [name for name in {*fields, *changed} if re.search(rf"\b{name}\b", str(error))]
+        assert given, f"{fields} {changed}: refused without a field's name: {error}"
+        assert time.process_time() - begin < 1.0, f"{fields} {changed}: refused after a second"
+        return None
+
+
+def run(config: UrformConfig) -> None:
+    """Build, run forward and backward, in training, and generate."""
+    head = {"encoder": "MaskedLM", "decoder": "CausalLM"}.get(config.architecture, "ConditionalGeneration")
+    model = getattr(urform, f"UrformFor{head}")(config)
+    vocab = config.vocab_size
+    length = min(6, max(1, config.max_position_embeddings - 2)) if config.position_encoding == "learned" else 6
+    ids = (torch.arange(2, 14).reshape(2, 6) % vocab)[:, :length]
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])[:, :length]
+    model.train()(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing or config.final_logit_softcapping is not None or config.logit_scale == 0, missing
+    if model.can_generate():
+        model.eval().generate(input_ids=ids, attention_mask=mask, max_new_tokens=2 if length == 6 else 1)
+
+
+def try_configs(seeds: range) -> None:
+    wrong, accepted = [], 0
+    for seed in seeds:
+        rng = random.Random(seed)
+        fields, changed = draw_config(rng)
+        try:
+            config = config_or_refusal(fields, changed)
+            if config is not None:
+                accepted += 1
+                torch.manual_seed(0)
+                run(config)
+        except Exception as error:
+            wrong.append(f"{seed}: {fields} {changed}: {type(error).__name__}: {str(error)[:300]}")
+    assert not wrong, f"{len(wrong)} of {len(seeds)}:\n" + "\n".join(wrong[:20])
+    assert accepted > len(seeds) / 5
+
+
+def test_what_is_accepted_builds_runs_trains_and_generates() -> None:
+    """Over all fields, with odd values: it runs, or a ValueError names a field before memory is taken."""
+    try_configs(range(200))
+
+
+@pytest.mark.slow
+def test_many_configs_are_accepted_and_run_or_are_refused_by_name() -> None:
+    try_configs(range(1000, 5000))

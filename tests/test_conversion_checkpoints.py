@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -311,11 +312,13 @@ def test_berts_old_names(tmp_path: Path) -> None:
     same_state(urform.from_transformers(tmp_path), urform.from_transformers(stock))
 
 
-def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
+def test_a_tensor_without_a_place_is_kept_and_named(tmp_path: Path) -> None:
     model_of("LlamaForCausalLM").save_pretrained(tmp_path)
     rewrite(tmp_path, lambda state: {**state, "model.extra.weight": torch.ones(2)})
-    with pytest.warns(UserWarning, match=r"no place for model\.extra\.weight"):
-        urform.from_transformers(tmp_path)
+    ours = urform.from_transformers(tmp_path)
+    assert ours.config.source_weights == {"model.extra.weight": ["float32", [2]]}
+    with pytest.warns(UserWarning, match=r"model\.extra\.weight came along, but LlamaForCausalLM has no place"):
+        urform.to_transformers(ours)
 
 
 def test_a_tied_tensor_under_either_name(tmp_path: Path) -> None:
@@ -421,7 +424,7 @@ def test_an_index_that_points_elsewhere(folder: Path) -> None:
     table = json.loads(index.read_text())
     table["weight_map"]["lm_head.weight"] = "../../secret.safetensors"
     index.write_text(json.dumps(table))
-    refuse(folder, "outside of its folder")
+    refuse(folder, "a shard is a .safetensors file beside the index")
 
 
 # ------------------------------------------------------------------------------------------------- Hub and command line
@@ -464,3 +467,41 @@ assert (stock(ids).logits - ours(ids).logits).abs().max() <= 1e-5
         assert any("model-00001-of" in request for request in fetched)
         assert not any(name in str(fetched) for name in ("pytorch_model.bin", "tf_model.h5", "modeling_x.py"))
         client.close()
+
+
+@pytest.mark.parametrize("architectures", [3, "LlamaForCausalLM", {"a": 1}, [1], True])
+def test_architectures_that_are_no_list_of_names(architectures: Any, tmp_path: Path) -> None:
+    model_of("LlamaForCausalLM").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+    with pytest.raises(ValueError, match=r"architectures=.* must be a list of names"):
+        urform.from_transformers(tmp_path)
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama", "num_hidden_layers"), ("qwen2", "num_hidden_layers"),
+                                                ("bart", "decoder_layers"), ("gpt2", "n_layer")])  # fmt: skip
+def test_ten_million_layers_are_refused_at_once(family: str, layers: str, tmp_path: Path) -> None:
+    """Before the library makes lists of that length."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "architectures": ["X"], layers: 10**7}))
+    begin = time.process_time()
+    with pytest.raises(ValueError, match=f"{layers}=10000000"):
+        urform.from_transformers(tmp_path)
+    assert time.process_time() - begin < 1.0
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{", "[" * 10**5])
+def test_an_index_that_is_none(index: str, tmp_path: Path) -> None:
+    model_of("LlamaForCausalLM").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        urform.from_transformers(tmp_path)
+
+
+def test_ids_outside_the_vocabulary_are_none_here_and_come_back() -> None:
+    """Tiny checkpoints have the ids of large ones, old Llamas a pad token of -1."""
+    fields = {**LLAMA, "pad_token_id": -1, "bos_token_id": 5000, "eos_token_id": [2, 5000]}
+    stock = random_stock("LlamaForCausalLM", 0, **fields)
+    ours = urform.from_transformers(stock)
+    assert (ours.config.pad_token_id, ours.config.bos_token_id, ours.config.eos_token_id) == (None, None, None)
+    back = urform.to_transformers(ours).config
+    assert (back.pad_token_id, back.bos_token_id, back.eos_token_id) == (-1, 5000, [2, 5000])

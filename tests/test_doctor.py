@@ -442,7 +442,7 @@ def test_wrong_gradients_padding_and_errors_fail(monkeypatch: pytest.MonkeyPatch
 
 def test_what_cannot_run_here_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*tensors: Any, **options: Any) -> Any:
-        raise ImportError("Triton is not installed: pip install 'urform[triton]'")
+        raise ImportError("Triton is not installed: pip install 'triton>=3.6'")
 
     def choosy(q: Tensor, *tensors: Any, **options: Any) -> Any:
         if q.shape[-1] > 32:

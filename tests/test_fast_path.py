@@ -573,7 +573,7 @@ def test_loss_function_of_the_user(architecture: str) -> None:
 @every_architecture
 @pytest.mark.parametrize("how", ["target_modules", "modules_to_save"])
 def test_adapter_on_the_projection(architecture: str, how: str) -> None:
-    """The adapter counts: the loss goes through it, smoothing is refused by name."""
+    """The adapter counts: the loss goes through it, with smoothing and z-loss too."""
     peft = pytest.importorskip("peft")
     model, inputs = make(architecture, tie_word_embeddings=False), batch(architecture)
     before = model(**inputs).loss
@@ -586,8 +586,13 @@ def test_adapter_on_the_projection(architecture: str, how: str) -> None:
         assert not torch.allclose(outputs.loss, before)
     outputs.loss.backward()
     assert any("lm_head" in name and gradient.any() for name, gradient in gradients(tuned).items())
-    with pytest.raises(ValueError, match=r"label_smoothing=0.1 .* lm_head is wrapped"):
-        tuned(**inputs, label_smoothing=0.1)
+    found = tuned(**inputs, label_smoothing=0.1, z_loss=0.01)
+    logits, labels = found.logits.detach().double(), inputs["labels"]
+    if architecture == "decoder":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    want = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    want = want + 0.01 * logits[labels != -100].logsumexp(-1).square().mean()
+    assert float(found.loss.detach()) == pytest.approx(float(want), rel=1e-6)
 
 
 HOOKS: dict[str, Callable[[nn.Module], Any]] = {

@@ -1,8 +1,10 @@
 """Model cards: what they say is what the run left behind; the Hub takes their metadata; their snippets run."""
 
 import json
+import re
 import shutil
 import urllib.request
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from huggingface_hub import ModelCard
 import urform
 from urform import hub_upload
 from urform.configuration.bundle_urform import HEADS
+from urform.dependencies import HOW_TO_INSTALL
 from urform.publishing import card_pictures, model_card, training_record
 from urform.publishing.card_snippets import snippets
 from urform.publishing.verification import card_snippets, verify_bundle
@@ -103,6 +106,8 @@ def test_author_overrides(trained: Path, tmp_path: Path):
     assert data["license"] == "apache-2.0" and data["language"] == ["en", "fr"] and data["thumbnail"] == "x.png"
     assert data["pipeline_tag"] == "translation" and data["base_model"] == "me/base" and "mine" in data["tags"]
     assert "My words." in card.text and "Mine, too." in card.text and '"four five"' in card.text
+    for known in ("An encoder-decoder Transformer (UrformForConditionalGeneration)", "1 + 1 layers", "16 wide"):
+        assert known in card.text  # words are added to what is known
     assert "0.2 kWh" in card.text and "stated by the author" in card.text
     assert all(r.dataset_name == "wmt14" for r in card.data.eval_results)
     for text, message in (
@@ -143,12 +148,55 @@ def test_a_persons_card_is_kept(trained: Path, tmp_path: Path):
 def test_without_matplotlib_there_are_no_pictures(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for module in (card_pictures, model_card):
         monkeypatch.setattr(module, "can_draw", lambda: False)
-    card = card_of(trained, tmp_path / "b", card_data={"example": "1 2"})
+    with pytest.warns(
+        UserWarning, match=r"without the learning curve and the attention alignment.*pip install"
+    ) as said:
+        card = card_of(trained, tmp_path / "b", card_data={"example": "1 2"})
+    assert len(said) == 1
     assert "png" not in str(card) and not list((tmp_path / "b").glob("*.png"))
+    with warnings.catch_warnings():  # no picture could be drawn of it
+        warnings.simplefilter("error")
+        plain = tmp_path / "plain"
+        plain.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(trained / name, plain / name)
+        card_of(plain, tmp_path / "c")
+
+
+@pytest.mark.parametrize("field", ["description", "training_data", "limitations"])
+def test_texts_are_added_to_what_is_known(trained: Path, tmp_path: Path, field: str):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    model = urform.UrformForConditionalGeneration(
+        urform.UrformConfig(architecture="encoder-decoder", position_encoding="learned", **TINY)
+    )
+    model.save_pretrained(run)
+    text = card_of(run, tmp_path / "b", card_data={field: "My own words."}).text
+    assert text.count("My own words.") == 1
+    count = sum(p.numel() for p in model.parameters())
+    for known in (
+        f"{count:,} parameters",
+        "positions: learned",
+        "Data: multi30k",
+        f"Inputs end at {model.config.max_position_embeddings} tokens",
+    ):
+        assert known in text, known
+
+
+def test_installation_is_told_as_it_is_today(trained: Path, tmp_path: Path):
+    """No package index has urform: nothing may tell anybody to install it from there."""
+    for code in (True, False):
+        card = card_of(trained, tmp_path / f"{code}", code=code).text
+        assert HOW_TO_INSTALL in card and not re.search(r"pip install (-U )?'?urform", card)
+    root = Path(urform.__file__).parent
+    texts = [*root.glob("*.py"), *root.glob("*.md"), *(p for f in ("docs", "examples", "benchmarks", "configuration",
+             "conversion", "diagnostics", "modeling", "publishing", "tokenization")
+             for p in (root / f).rglob("*") if p.suffix in (".py", ".md", ".yaml"))]  # fmt: skip
+    wrong = [path for path in texts if re.search(r"pip install (-U )?['\"]?urform\b", path.read_text(encoding="utf-8"))]
+    assert not wrong
 
 
 def test_pictures(trained: Path, tmp_path: Path):
-    pytest.importorskip("matplotlib", reason="the pictures of model cards need matplotlib: pip install 'urform[hub]'")
+    pytest.importorskip("matplotlib", reason="the pictures of model cards need matplotlib")
     card = card_of(trained, tmp_path / "b", card_data={"example": "1 2"})
     for name in (card_pictures.CURVE_NAME, card_pictures.ALIGNMENT_NAME):
         assert (tmp_path / "b" / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in card.text

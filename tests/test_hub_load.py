@@ -234,7 +234,9 @@ for arguments in (["doctor", "bundle", "me/none"], ["doctor", "bundle", "me/cana
     print(json.dumps([done.exit_code, done.stderr]))
 """
     lines = [json.loads(line) for line in world.push(code).ok().splitlines() if line.startswith("[")]
-    assert [status for status, _ in lines] == [1, 1, 2]
-    for (_, message), says in zip(lines, ["404", "404", "has no config.json"], strict=True):
+    assert [status for status, _ in lines] == [2, 1, 2]
+    for (_, message), says in zip(
+        lines, ["no such folder: me/none, and no repository", "404", "has no config.json"], strict=True
+    ):
         assert message.startswith("urform: ") and message.count("\n") == 1 and says in message, message
     assert "me/new" not in world.hub.repos

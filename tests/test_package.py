@@ -2,17 +2,26 @@
 
 import ast
 import os
+import re
+import runpy
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
+from email.message import Message
+from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import urform
+from urform.configuration.bundle_stamp import NEEDS
 
 ROOT = Path(urform.__file__).resolve().parent
+SKIPPED = {"__pycache__", ".venv", "build", "dist", "urform.egg-info"}
 
 
 def run(code: str, **env: str) -> str:
@@ -73,6 +82,15 @@ def test_every_public_name_resolves():
         _ = urform.UrformForNothing
 
 
+def test_hub_upload_is_an_attribute_and_lazy():
+    code = """
+import sys, urform
+assert "hub_upload" in dir(urform) and "urform.hub_upload" not in sys.modules
+print(urform.hub_upload.publish.__module__, urform.hub_upload is sys.modules["urform.hub_upload"])
+"""
+    assert run(code) == "urform.hub_upload True"
+
+
 # ------------------------------------------------------------------------------------------------------ registration
 
 CHECK = """
@@ -95,6 +113,11 @@ assert type(transformers.AutoModel.from_config(config)) is urform.UrformModel
 assert urform.UrformConfig not in tokenization_auto.TOKENIZER_MAPPING  # see test_hub_precedence.py
 assert tokenization_auto.tokenizer_class_from_name("UrformTokenizer") is urform.UrformTokenizer
 assert "UrformForCausalLM" in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+for module in (transformers, sys.modules["transformers"]):  # two where transformers has executed its __init__ twice
+    assert module.UrformForCausalLM is urform.UrformForCausalLM and module.UrformTokenizer is urform.UrformTokenizer
+    assert not hasattr(module, "UrformForNothing") and not hasattr(module.models, "UrformForCausalLM")
+    assert "UrformForCausalLM" not in dir(module) and not hasattr(module.models.bert, "UrformForCausalLM")
+from transformers import UrformConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 assert "urform" in ALL_ATTENTION_FUNCTIONS.valid_keys() and "urform" in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()
@@ -128,6 +151,25 @@ MORE_ORDERS = [
 @pytest.mark.parametrize("first", [*QUICK_ORDERS, *(pytest.param(o, marks=pytest.mark.slow) for o in MORE_ORDERS)])
 def test_registered_in_any_order_of_imports(first: str):
     assert run(first + "\n" + CHECK) == "ok"
+
+
+def test_classes_as_attributes_of_transformers_wait_until_they_are_asked_for():
+    code = """
+import sys, urform, transformers
+first = transformers
+import transformers.processing_utils  # executes transformers/__init__.py a second time
+second = sys.modules["transformers"]
+assert first is not second and first.UrformForCausalLM is second.UrformForCausalLM is urform.UrformForCausalLM
+"""
+    run(code)
+    code = """
+import sys, urform, transformers
+assert not hasattr(transformers, "NoSuchClass") and "torch" not in sys.modules
+transformers.UrformForMaskedLM.__name__
+transformers.UrformModel = 7  # whoever sets an attribute of that name has it
+print("torch" in sys.modules, transformers.UrformModel, transformers.BertModel.__name__)
+"""
+    assert run(code) == "True 7 BertModel"
 
 
 def test_stock_model_with_our_attention_after_a_bare_import():
@@ -257,30 +299,160 @@ def test_module_basenames_are_unique():
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names in a wheel built from a copy of the files that git knows or would add (the checkout stays clean)."""
-    pytest.importorskip("setuptools")
-    import shutil
-
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the files that git knows or would add, or of an unpacked sdist: the checkout stays clean."""
     listing = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
     )
+    names = listing.stdout.splitlines()
     if listing.returncode:
-        pytest.skip("not a git checkout")
+        names = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if not SKIPPED & {*path.parts}]
     source = tmp_path_factory.mktemp("source")
-    for name in listing.stdout.split("\n"):
-        if name and (ROOT / name).is_file():
+    for name in names:
+        if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, source / name)
-    out = tmp_path_factory.mktemp("wheel")
-    build = "import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))"
+    return source
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """Build an sdist or a wheel as pip does, in this environment; return the file."""
+    out.mkdir(exist_ok=True)
+    code = f"import sys, setuptools.build_meta as b; print(b.build_{kind}(sys.argv[1]))"
     done = subprocess.run(
-        [sys.executable, "-c", build, str(out)], cwd=source, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    (wheel,) = out.glob("urform-*.whl")
+    return out / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unpacked source distribution."""
+    pytest.importorskip("setuptools")
+    out = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(build("sdist", source, out / "file")) as archive:
+        archive.extractall(out, filter="data")
+    return out / f"urform-{urform.__version__}"
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel, built from the source distribution."""
+    return build("wheel", sdist, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: Path) -> list[str]:
     assert wheel.name.startswith(f"urform-{urform.__version__}-")
     return zipfile.ZipFile(wheel).namelist()
+
+
+def metadata_of(wheel: Path) -> Message:
+    name = f"urform-{urform.__version__}.dist-info/METADATA"
+    return HeaderParser().parsestr(zipfile.ZipFile(wheel).read(name).decode())
+
+
+def test_sdist_holds_the_repository(source: Path, sdist: Path):
+    names = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    names = {name for name in names if not name.startswith(("urform.egg-info/", "PKG-INFO"))}
+    there = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
+    assert not names - there
+
+
+@pytest.mark.slow
+def test_tests_of_the_sdist_find_their_helpers(sdist: Path, tmp_path: Path):
+    """Every test module is imported, and a few tests run, with the sdist's urform."""
+    (tmp_path / "urform").symlink_to(sdist, target_is_directory=True)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = "import pytest, sys, urform; print(urform.__file__); sys.exit(pytest.main(sys.argv[1:]))"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_seeds.py",
+        "tests/test_presets.py",
+    ]
+    done = subprocess.run(
+        [*command, "-k", "seed or list"], cwd=sdist, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_all_tests_of_the_sdist_are_collected(sdist: Path, tmp_path: Path):
+    (tmp_path / "urform").symlink_to(sdist, target_is_directory=True)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=sdist, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+
+
+def test_metadata(wheel: Path):
+    said = metadata_of(wheel)
+    for minor in range(10, 14):
+        assert f"Programming Language :: Python :: 3.{minor}" in said.get_all("Classifier")
+    assert said["Description-Content-Type"] == "text/markdown"
+    text = said.get_payload()
+    assert "One Transformer for the Hugging Face stack" in text and "docs/attention.md" in text
+    assert not [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    needs = said.get_all("Requires-Dist")
+    for name, least in NEEDS.items():
+        assert f"{name}>={least}" in needs  # no upper bound stands in a user's way
+    tested = {Requirement(line).name: Requirement(line).specifier for line in needs if 'extra == "tested"' in line}
+    assert tested.keys() == {"torch", "transformers"}
+    for name, specifier in tested.items():
+        assert NEEDS[name] in specifier and {s.operator for s in specifier} == {">=", "<"}
+
+
+def test_address_and_links():
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    web = setup["web_address"]
+    for remote in (
+        "https://host.org/me/urform.git",
+        "https://me:hf_secret@host.org/me/urform",
+        "https://x@host.org/me/urform/",
+        "git@host.org:me/urform.git",
+        "ssh://git@host.org/me/urform.git",
+        "ssh://git@host.org:22/me/urform",
+    ):
+        assert web(remote) == "https://host.org/me/urform", remote
+    for remote in ("/srv/urform.git", "../urform", "file:///srv/urform", ""):
+        assert web(remote) == "", remote
+    text = "[a](docs/a.md) [b](https://x.org/b) [c](#c) ![d](d.png) `e` [f, g](CONTRIBUTING.md)"
+    assert setup["long_description"](text, "") == "a [b](https://x.org/b) [c](#c) ![d](d.png) `e` f, g"
+    assert setup["long_description"](text, "https://h.org/u") == (
+        "[a](https://h.org/u/blob/HEAD/docs/a.md) [b](https://x.org/b) [c](#c) ![d](d.png) `e` "
+        "[f, g](https://h.org/u/blob/HEAD/CONTRIBUTING.md)"
+    )
+
+
+def test_a_checkout_with_a_public_remote_names_it(source: Path, tmp_path: Path):
+    """In the metadata of the sdist, and of the wheel that is built from it elsewhere."""
+    checkout = Path(shutil.copytree(source, tmp_path / "checkout"))
+    subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
+    subprocess.run(
+        ["git", "remote", "add", "origin", "https://me:secret@host.org/me/urform.git"], cwd=checkout, check=True
+    )
+    with tarfile.open(build("sdist", checkout, tmp_path / "file")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    said = metadata_of(build("wheel", tmp_path / f"urform-{urform.__version__}", tmp_path / "wheel"))
+    assert "Repository, https://host.org/me/urform" in said.get_all("Project-URL")
+    assert "(https://host.org/me/urform/blob/HEAD/docs/attention.md)" in said.get_payload()
+    assert "secret" not in str(said)
+
+
+def test_constraints_suit_the_tools_that_users_bring():
+    """pip takes versions that are years old, without a word, where a pin and a tool's newest do not go together."""
+    lines = [line.partition(" #")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    pins = {r.name.lower(): next(iter(r.specifier)).version for r in map(Requirement, lines)}
+    wanted = ["pillow>=8,<13", "typer>=0.12,<1", "pydantic>=2,<=3", "numpy>=1,<3", "jinja2<4", "markupsafe>=2,<4",
+              "huggingface_hub>=1.16,<3", "pyyaml>=5,<7"]  # gradio 6.31, trackio 0.43  # fmt: skip
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(pins[requirement.name]), requirement
 
 
 def test_wheel_holds_one_package_and_no_tests_or_data(wheel_names: list[str]):
@@ -294,7 +466,9 @@ def test_wheel_holds_one_package_and_no_tests_or_data(wheel_names: list[str]):
 
 
 def test_wheel_holds_every_module(wheel_names: list[str]):
-    assert {"urform/__init__.py", "urform/hub_upload.py", "urform/py.typed"} <= set(wheel_names)
+    top = {"__init__.py", "hub_upload.py", "registration.py", "dependencies.py", "py.typed"}
+    assert {f"urform/{name}" for name in top} <= set(wheel_names)
+    assert "urform/setup.py" not in wheel_names
     packages = ["configuration", "modeling", "modeling/kernels", "tokenization", "training", "training/recipes",
                 "diagnostics", "publishing", "cli"]  # fmt: skip
     for folder in packages:

@@ -6,7 +6,10 @@ ensemble of them and costs nothing at inference; see also Izmailov et al. 2018 (
 
 from __future__ import annotations
 
-import json
+import glob
+import itertools
+import os
+import re
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -19,36 +22,26 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration.bundle_stamp import STAMP_NAME, read_stamp, write_stamp
-from .trainer import complete_checkpoints
+from ..configuration.checkpoint_files import read_weight_map
+from .checkpointing import newest_complete
 
 __all__ = ["average_checkpoints", "last_checkpoints"]
 
 # Files of a checkpoint that belong to the model; optimizer, scheduler and random states do not outlive an average.
 _MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
-_NOT_MODEL = {"trainer_state.json", "checkpoint_manifest.json", SAFE_WEIGHTS_INDEX_NAME, STAMP_NAME}
+_NOT_MODEL = {"trainer_state.json", "checkpoint_manifest.json", "loss_state.json", SAFE_WEIGHTS_INDEX_NAME, STAMP_NAME}
 
 
 def last_checkpoints(output_dir: str | Path, count: int) -> list[Path]:
-    """The newest complete checkpoints of a run, oldest first.
-
-    Raises:
-        ValueError: If there are fewer than `count`.
-    """
-    found = complete_checkpoints(output_dir)
-    if len(found) < count:
-        raise ValueError(
-            f"{output_dir} has {len(found)} complete checkpoints and {count} are to be averaged: "
-            f"lower average_last, or keep more (save_steps, save_total_limit)"
-        )
-    return found[len(found) - count :]
+    """The newest complete checkpoints of a run, oldest first: `count` of them, or all where there are fewer."""
+    return list(itertools.islice(newest_complete(output_dir), count))[::-1]
 
 
 def _weight_files(checkpoint: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: checkpoint / file for name, file in weight_map.items()}
+        return {name: checkpoint / file for name, file in read_weight_map(index).items()}
     single = checkpoint / SAFE_WEIGHTS_NAME
     if not single.is_file():
         raise FileNotFoundError(f"{checkpoint} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
@@ -81,6 +74,24 @@ def _mean(name: str, files: Sequence[Path]) -> Tensor:
     return (total / len(files)).to(first.dtype) if first.is_floating_point() else first
 
 
+def _sweep(output: Path) -> None:
+    """Delete what processes that were killed while they averaged into `output` left."""
+    for path in output.parent.glob(f".{glob.escape(output.name)}.*"):
+        match = re.fullmatch(rf"\.{re.escape(output.name)}\.(\d+)\.[0-9a-f]{{8}}", path.name)
+        if match and path.is_dir() and not _is_running(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def average_checkpoints(checkpoints: Sequence[str | Path], output_dir: str | Path) -> Path:
     """Writes a model directory whose weights are the mean of those of the checkpoints.
 
@@ -104,7 +115,8 @@ def average_checkpoints(checkpoints: Sequence[str | Path], output_dir: str | Pat
             raise ValueError(f"{path} and {paths[-1]} hold different tensors: {', '.join(sorted(difference)[:5])}")
 
     output = Path(output_dir)
-    staging = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
+    _sweep(output)
+    staging = output.with_name(f".{output.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     staging.mkdir(parents=True)
     try:
         for pattern in _MODEL_FILES:

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["open_lines", "read_dataset", "read_jsonl", "read_parallel", "read_records", "read_tsv"]
+from ..dependencies import missing_dependency
+
+__all__ = ["open_lines", "open_sources", "read_dataset", "read_jsonl", "read_parallel", "read_records", "read_tsv"]
 
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 
@@ -143,6 +145,25 @@ def read_records(path: str | Path, fields: Sequence[str]) -> Iterator[tuple[Any,
     raise ValueError(f"{path}: expected a name ending in .tsv or .jsonl, plain or with .gz or .xz")
 
 
+def open_sources(path: str | Path, field: str) -> Iterator[str]:
+    """The texts of a file to translate: its lines, or one column or field of a .tsv or .jsonl, in order.
+
+    Raises:
+        ValueError: If it is a .csv, or if a source is no text, besides what the readers raise.
+    """
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in _OPENERS]
+    kind = suffixes[-1] if suffixes else ""
+    if kind == ".csv":
+        raise ValueError(f"{path}: .csv is not read; save it as .tsv or .jsonl, or its source column as text")
+    if kind not in (".tsv", ".jsonl", ".json"):
+        yield from open_lines(path)
+        return
+    for number, (text,) in enumerate(read_records(path, [field]), start=1):
+        if not isinstance(text, str):
+            raise ValueError(f"{path}, record {number}: {field!r} is no text but {type(text).__name__}: {text!r}")
+        yield text
+
+
 def read_dataset(name: str, config: str | None, split: str, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """The named fields of a data set of the `datasets` library, by its name on the Hub or a local path.
 
@@ -152,7 +173,7 @@ def read_dataset(name: str, config: str | None, split: str, fields: Sequence[str
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(f"dataset_name={name!r} needs the datasets library: pip install datasets") from error
+        raise missing_dependency("datasets", f"dataset_name={name!r}", None) from error
     count = 0
     for count, record in enumerate(load_dataset(name, config, split=split), start=1):
         yield tuple(_field(record, field, f"dataset {name} ({split})", count) for field in fields)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
+from ..dependencies import missing_dependency
 from .data_files import open_lines
 from .metrics import TranslationScores, score_translations
 from .recipe import Recipe, load_recipe
@@ -139,7 +140,7 @@ def _write_corpus(folder: Path, train_phrases: int, test_phrases: int, seed: int
     try:
         from .demo_corpus import generate_corpus
     except ModuleNotFoundError as error:
-        raise ValueError(f"the demonstration needs {error.name}: pip install 'urform[demo]'") from error
+        raise missing_dependency(error.name or "babel", "the demonstration", "demo") from error
 
     folder.mkdir(parents=True)
     kinds: list[str] = []

@@ -23,11 +23,13 @@ class OverLength:
         policy: `"drop"` leaves the example out, `"truncate"` cuts it, `"error"` raises.
         examples: Number of examples seen.
         too_long: Number of examples over a limit.
+        kept: Numbers of the examples that became features, in their order; the first example of a split is 1.
     """
 
     policy: str = "drop"
     examples: int = 0
     too_long: int = 0
+    kept: list[int] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         if self.policy not in ("drop", "truncate", "error"):
@@ -129,6 +131,7 @@ def encode_pairs(
                 )
             if not (long and over_length == "drop"):
                 features.append({"input_ids": source, "labels": target})
+                report.kept.append(report.examples)
     return finished(features, report, two_sided=True)
 
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["TranslationScores", "score_translations", "tokenized_lowercased_bleu"]
+from ..dependencies import missing_dependency
+
+__all__ = ["TranslationScores", "check_scorers", "score_translations", "tokenized_lowercased_bleu"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,17 @@ def _default_tokenizer(language: str) -> str:
     return {"zh": "zh", "ja": "char", "ko": "char"}.get(language.split("-")[0].split("_")[0], "13a")
 
 
+def check_scorers(language: str) -> None:
+    """Raise a ValueError if what scores text in this language is not installed, or if the language is unknown."""
+    try:
+        import sacrebleu  # noqa: F401
+
+        if _default_tokenizer(language) == "13a":
+            import sacremoses  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise missing_dependency(error.name or "sacrebleu", "scoring translations") from error
+
+
 def tokenized_lowercased_bleu(
     hypotheses: Sequence[str], references: Sequence[str], language: str = "en"
 ) -> tuple[float, str]:
@@ -67,6 +80,7 @@ def tokenized_lowercased_bleu(
         references: Raw references.
         language: Language of the text, for the Moses tokenizer's abbreviations.
     """
+    check_scorers(language)
     from sacrebleu.metrics import BLEU
 
     if (sacrebleu_name := _default_tokenizer(language)) != "13a":
@@ -93,6 +107,7 @@ def score_translations(
     Raises:
         ValueError: If the numbers differ, or if there is nothing to score.
     """
+    check_scorers(language)
     from sacrebleu.metrics import BLEU, CHRF
 
     if len(hypotheses) != len(references):

@@ -1,4 +1,4 @@
-"""Recipes: one YAML file per kind of run, with four sections, each read into a dataclass by `HfArgumentParser`.
+"""Recipes: one YAML file per kind of run, with five sections, each read into a dataclass by `HfArgumentParser`.
 
 ::
 
@@ -6,26 +6,37 @@
     tokenizer:  one to train, or one that exists             TokenizerArguments
     model:      a preset and config fields, or weights       ModelArguments
     training:   transformers' own arguments                  Seq2SeqTrainingArguments
+    run:        precision, and what follows the last step    RunArguments
 
 A recipe is found by name among the package's (`urform train multi30k-en-de`) or by path. Every value can be given on
 the command line: `section.name=value`, or `name=value` where the name is unique. Unknown names are refused, with the
-nearest known one.
+nearest known one, before torch and transformers are imported.
 """
 
 from __future__ import annotations
 
+import ast
+import copy
 import dataclasses
 import difflib
 import importlib.resources
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-import torch
-import yaml
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from ..dependencies import missing_dependency
+
+try:
+    import yaml
+except ModuleNotFoundError as error:
+    raise missing_dependency("yaml", "reading a recipe") from error
+
+if TYPE_CHECKING:
+    from transformers import Seq2SeqTrainingArguments
 
 __all__ = [
     "TASKS",
@@ -35,6 +46,7 @@ __all__ = [
     "TokenizerArguments",
     "list_recipes",
     "load_recipe",
+    "read_recipe",
 ]
 
 TASKS = ("seq2seq", "causal-lm", "masked-lm", "text-classification", "token-classification")
@@ -51,6 +63,7 @@ class DataArguments:
 
     task: str = field(default="seq2seq", metadata={"help": f"One of {', '.join(TASKS)}."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the files below."})
+    origin: str | None = field(default=None, metadata={"help": "Where the files come from; said when one is missing."})
     train_source: str | None = field(default=None, metadata={"help": "Source side, one sentence per line."})
     train_target: str | None = field(default=None, metadata={"help": "Target side, line by line."})
     validation_source: str | None = None
@@ -116,25 +129,37 @@ class ModelArguments:
 
 @dataclass
 class RunArguments:
-    """What happens after the last step."""
+    """The precision of the products, and what happens after the last step."""
 
+    precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: bfloat16 if a one-second measurement finds it faster on this device, else float32. Without "
+            "it, and wherever training.bf16 or training.fp16 is given, transformers' arguments decide."
+        },
+    )
     average_last: int = field(default=0, metadata={"help": "Average so many of the last checkpoints."})
     num_beams: int = field(default=5, metadata={"help": "Beams when the finished model translates the test set."})
     length_penalty: float = 1.0
     test_batch_size: int = 64
 
     def __post_init__(self) -> None:
+        if self.precision not in (None, "auto"):
+            raise ValueError(
+                f"run.precision must be auto or null, got {self.precision!r}: for a fixed precision set "
+                "training.bf16 or training.fp16"
+            )
         if self.average_last < 0:
             raise ValueError(f"run.average_last must not be negative, got {self.average_last}")
 
 
-_SECTIONS: dict[str, type] = {
+_OWN_SECTIONS: dict[str, type] = {
     "data": DataArguments,
     "tokenizer": TokenizerArguments,
     "model": ModelArguments,
     "run": RunArguments,
-    "training": Seq2SeqTrainingArguments,
 }
+_SECTIONS = (*_OWN_SECTIONS, "training")
 
 
 @dataclass
@@ -149,8 +174,13 @@ class Recipe:
     raw: dict[str, Any] = field(repr=False)
 
     def save(self, path: str | Path) -> None:
-        """Writes the recipe as read, overrides included, so that it can be run again."""
-        Path(path).write_text(yaml.safe_dump(self.raw, allow_unicode=True, sort_keys=False), encoding="utf-8")
+        """Writes the recipe as read, overrides included, so that it can be run again; secrets are left out."""
+        from ..publishing.secret_fields import without_secrets
+        from .checkpointing import write_text_atomically
+
+        values, secrets = without_secrets(self.raw)
+        note = f"# left out, as they are secrets: {', '.join(secrets)}\n" if secrets else ""
+        write_text_atomically(path, note + yaml.safe_dump(values, allow_unicode=True, sort_keys=False))
 
 
 class _Loader(yaml.SafeLoader):
@@ -201,8 +231,52 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _field_names(section: str) -> set[str]:
-    return {item.name for item in dataclasses.fields(_SECTIONS[section]) if item.init}
+def _declared_fields(source: Path, class_name: str) -> set[str]:
+    """Names of a class's annotated fields, from its source: to import transformers for them takes seconds."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    fields = {
+        item.target.id
+        for item in body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and "ClassVar" not in ast.dump(item)
+    }
+    return {name for name in fields if not name.startswith("_")}
+
+
+@lru_cache
+def _training_fields() -> frozenset[str]:
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        raise missing_dependency("transformers", "training", None)
+    folder = Path(spec.origin).parent
+    return frozenset(
+        _declared_fields(folder / "training_args.py", "TrainingArguments")
+        | _declared_fields(folder / "training_args_seq2seq.py", "Seq2SeqTrainingArguments")
+    )
+
+
+@lru_cache
+def _config_fields() -> frozenset[str]:
+    source = Path(__file__).parents[1] / "configuration" / "configuration_urform.py"
+    return frozenset(_declared_fields(source, "UrformConfig"))
+
+
+def _field_names(section: str) -> frozenset[str]:
+    if section == "training":
+        return _training_fields()
+    return frozenset(item.name for item in dataclasses.fields(_OWN_SECTIONS[section]) if item.init)
+
+
+def _suggestion(name: str, section: str | None = None) -> str:
+    """Names the key that was probably meant: of the section if there is one, of another, or of the model's config."""
+    known = {key: f"model.config.{key}" for key in _config_fields()}
+    for other in _SECTIONS:
+        known.update({key: key if section is None else f"{other}.{key}" for key in _field_names(other)})
+    if section is not None:
+        known.update({key: key for key in _field_names(section)})
+    within = known if section is None or name in known else _field_names(section)
+    close = difflib.get_close_matches(name, list(within), n=1, cutoff=0.5)
+    return f" (did you mean {known[close[0]]!r}?)" if close else ""
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -214,8 +288,8 @@ def _override(values: dict[str, Any], text: str) -> None:
     if parts[0] not in _SECTIONS:
         owners = [section for section in _SECTIONS if parts[0] in _field_names(section)]
         if not owners:
-            everything = [name for section in _SECTIONS for name in _field_names(section)]
-            raise ValueError(f"unknown key {key!r}{_nearest(parts[0], everything)}")
+            hint = _nearest(parts[0], _SECTIONS) if len(parts) > 1 else _suggestion(key)
+            raise ValueError(f"unknown key {key!r}{hint}")
         if len(owners) > 1:
             choices = " or ".join(f"{owner}.{key}" for owner in owners)
             raise ValueError(f"{key!r} is ambiguous: say {choices}")
@@ -245,30 +319,27 @@ def _check_type(section: str, name: str, value: Any, hint: Any) -> Any:
     raise ValueError(f"{section}.{name} must be {names}, got {value!r}")
 
 
-def _parse_section(section: str, values: Mapping[str, Any], where: str) -> Any:
-    kind = _SECTIONS[section]
-    known = _field_names(section)
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{where}: unknown key {section}.{name}{_nearest(str(name), known)}")
+def _parse_section(section: str, values: Mapping[str, Any]) -> Any:
+    if section == "training":
+        from transformers import Seq2SeqTrainingArguments
+    kind = Seq2SeqTrainingArguments if section == "training" else _OWN_SECTIONS[section]
     hints = get_type_hints(kind)
-    checked = {name: _check_type(section, name, value, hints.get(name)) for name, value in values.items()}
-    return HfArgumentParser(kind).parse_dict(checked, allow_extra_keys=False)[0]
+    return kind(**{name: _check_type(section, name, value, hints.get(name)) for name, value in values.items()})
 
 
-def load_recipe(
+def read_recipe(
     recipe: str | Path, overrides: Iterable[str] = (), *, output_dir: str | Path | None = None
-) -> Recipe:  # fmt: skip
-    """Reads a recipe.
+) -> dict[str, Any]:
+    """Reads a recipe and refuses what is no key of it; imports neither torch nor transformers.
 
     Args:
-        recipe: Path of a YAML file, or the name of one in the package.
-        overrides: `key=value` texts; the values are YAML.
-        output_dir: Instead of `training.output_dir`; without either, `outputs/<name of the recipe>`.
+        recipe: See `load_recipe`.
+        overrides: See `load_recipe`.
+        output_dir: See `load_recipe`.
 
     Raises:
         FileNotFoundError: If there is no such recipe.
-        ValueError: If it is not valid; the message names the key.
+        ValueError: If it is no mapping of sections, or has an unknown key; the message names it.
     """
     text, where = _read(recipe)
     try:
@@ -286,19 +357,49 @@ def load_recipe(
             values[section] = {}
         elif not isinstance(content, dict):
             raise ValueError(f"{where}: section {section!r} must be a mapping, got {type(content).__name__}")
+        for name in values[section]:
+            if name not in _field_names(section):
+                raise ValueError(f"{where}: unknown key {section}.{name}{_suggestion(str(name), section)}")
     training = values.setdefault("training", {})
     if output_dir is not None:
         training["output_dir"] = str(output_dir)
     training.setdefault("output_dir", f"outputs/{Path(recipe).stem}")
-    settings = dict(values)
+    return values
+
+
+def load_recipe(
+    recipe: str | Path, overrides: Iterable[str] = (), *, output_dir: str | Path | None = None
+) -> Recipe:  # fmt: skip
+    """Reads a recipe.
+
+    Args:
+        recipe: Path of a YAML file, or the name of one in the package.
+        overrides: `key=value` texts; the values are YAML.
+        output_dir: Instead of `training.output_dir`; without either, `outputs/<name of the recipe>`.
+
+    Raises:
+        FileNotFoundError: If there is no such recipe.
+        ValueError: If it is not valid; the message names the key. If accelerate is not installed.
+    """
+    values = read_recipe(recipe, overrides, output_dir=output_dir)
+    own = {section: _parse_section(section, values.get(section, {})) for section in _OWN_SECTIONS}
+    try:
+        import accelerate  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise missing_dependency(error.name or "accelerate", "training") from error
+    import torch
+
+    from ..publishing.secret_fields import hide_tokens
+
+    training = values["training"]
     if not torch.accelerator.is_available():  # else transformers refuses bf16; not kept with the recipe
-        settings["training"] = {"use_cpu": True, **training}
-    parsed = {section: _parse_section(section, settings.get(section, {}), where) for section in _SECTIONS}
-    result = Recipe(**parsed, raw=values)
+        training = {"use_cpu": True, **training}
+    result = Recipe(**own, training=_parse_section("training", training), raw=copy.deepcopy(values))
+    hide_tokens(result.training)
     keep = result.training.save_total_limit
     if keep is not None and keep < result.run.average_last:
         raise ValueError(
-            f"{where}: run.average_last={result.run.average_last} needs as many checkpoints, "
+            f"run.average_last={result.run.average_last} needs as many checkpoints, "
             f"but training.save_total_limit={keep} keeps fewer"
         )
     return result

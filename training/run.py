@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
+import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+
+from ..dependencies import missing_dependency
+
+try:
+    from accelerate import PartialState
+except ModuleNotFoundError as error:
+    raise missing_dependency(error.name or "accelerate", "training") from error
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -28,20 +36,55 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .averaging import average_checkpoints, last_checkpoints
 from .batching import padding_share
+from .checkpointing import last_complete_checkpoint, write_text_atomically
 from .encoding import EncodedDataset
-from .metrics import TranslationScores, score_translations
+from .metrics import TranslationScores, check_scorers, score_translations
+from .preflight import (
+    EstimateCallback,
+    check_files,
+    check_generation,
+    check_lengths,
+    limit_tokenizer,
+    position_limits,
+    settle_precision,
+)
 from .recipe import Recipe, load_recipe
+from .resuming import (
+    RECIPE_FILE,
+    RESULTS_FILE,
+    TOKENIZER_FOLDER,
+    RunRecord,
+    begin_afresh,
+    ended_at,
+    examples_sha256,
+    folder_sha256,
+    refuse_changes,
+    refuse_earlier_run,
+    refuse_other_shapes,
+    refuse_other_tokenizer,
+    refuse_shorter,
+    resume_point,
+    skips_newer,
+    sweep,
+)
 from .tasks import ARCHITECTURES, Labels, accuracy, auto_class, build_dataset, data_collator, has_split, read_split
-from .trainer import InterruptCallback, TrainingInterruptedError, UrformTrainer, last_complete_checkpoint
+from .trainer import InterruptCallback, TrainingInterruptedError, UrformTrainer
 
-__all__ = ["Evaluation", "TrainResult", "build_model", "evaluate", "predict", "train", "train_tokenizer", "translate"]
+__all__ = [
+    "Evaluation",
+    "TrainResult",
+    "build_model",
+    "evaluate",
+    "last_complete_checkpoint",
+    "predict",
+    "train",
+    "train_tokenizer",
+    "translate",
+]
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FOLDER = "tokenizer"
 AVERAGE_FOLDER = "average"
-RESULTS_FILE = "results.json"
-RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass
@@ -120,16 +163,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Labe
     fields.setdefault("vocab_size", len(tokenizer))
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         fields.setdefault(name, getattr(tokenizer, name))
-    if arguments.preset is not None:
-        if arguments.model_type != "urform":
-            raise ValueError(f"model.preset is for model_type urform, not {arguments.model_type}")
-        from ..configuration.configuration_urform import UrformConfig
-
-        config = UrformConfig.from_preset(arguments.preset, **fields)
-    else:
-        if arguments.model_type == "urform":
-            fields.setdefault("architecture", ARCHITECTURES.get(task, "encoder"))
-        config = AutoConfig.for_model(arguments.model_type, **fields)
+    config = _new_config(recipe, fields)
     if config.is_encoder_decoder and config.decoder_start_token_id is None:
         config.decoder_start_token_id = (
             tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.pad_token_id
@@ -137,14 +171,42 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Labe
     return head.from_config(config, **implementation)
 
 
-def _prepare_tokenizer(recipe: Recipe, examples: list[tuple[Any, ...]]) -> PreTrainedTokenizerBase:
+def _new_config(recipe: Recipe, fields: dict[str, Any]) -> PreTrainedConfig:
+    arguments = recipe.model
+    if arguments.preset is not None:
+        if arguments.model_type != "urform":
+            raise ValueError(f"model.preset is for model_type urform, not {arguments.model_type}")
+        from ..configuration.configuration_urform import UrformConfig
+
+        return UrformConfig.from_preset(arguments.preset, **fields)
+    if arguments.model_type == "urform":
+        fields.setdefault("architecture", ARCHITECTURES.get(recipe.data.task, "encoder"))
+    return AutoConfig.for_model(arguments.model_type, **fields)
+
+
+def _check_config(recipe: Recipe) -> None:
+    """Refuse a config that cannot be built before data are read and a tokenizer is trained for it."""
+    if not recipe.model.from_pretrained and not recipe.tokenizer.from_pretrained:
+        _new_config(recipe, {"vocab_size": recipe.tokenizer.vocab_size, **recipe.model.config})
+
+
+def _prepare_tokenizer(recipe: Recipe, examples: list[tuple[Any, ...]], goes_on: bool) -> PreTrainedTokenizerBase:
     """Trains once, on the main process, and keeps the tokenizer with the run; everybody loads it from there."""
-    folder = Path(recipe.training.output_dir, TOKENIZER_FOLDER)
-    with PartialState().main_process_first():
+    output_dir = Path(recipe.training.output_dir or "outputs")
+    folder = output_dir / TOKENIZER_FOLDER
+    state = PartialState()
+    with state.main_process_first():
+        if state.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            sweep(output_dir)
+            if not goes_on:
+                begin_afresh(output_dir)
         if not folder.is_dir():
             staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
             train_tokenizer(recipe, examples).save_pretrained(staging)
             staging.rename(folder)
+        if goes_on:
+            refuse_other_tokenizer(output_dir)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -158,17 +220,11 @@ def _warn_of_single_process(world_size: int) -> None:
         )
 
 
-def _resume_point(output_dir: Path, resume: bool) -> Path | None:
-    if not resume:
-        if any(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-            raise ValueError(
-                f"{output_dir} holds checkpoints of an earlier run: go on with --resume, or choose another --output-dir"
-            )
-        return None
-    checkpoint = last_complete_checkpoint(output_dir)
-    if checkpoint is None:
-        logger.warning("nothing to resume in %s: starting from the beginning", output_dir)
-    return checkpoint
+def _check_scorers(recipe: Recipe) -> None:
+    """Refuse a run whose scores could not be computed at its end."""
+    scored = has_split(recipe.data, "test") or recipe.training.predict_with_generate
+    if recipe.data.task == "seq2seq" and scored:
+        check_scorers(recipe.data.target_language)
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> list[str]:
@@ -200,32 +256,45 @@ def train(
     resume: bool = False,
     output_dir: str | Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    allow_changes: Sequence[str] = (),
 ) -> TrainResult:
     """Trains a model by a recipe, saves it, and scores it on the test set if there is one.
 
     Args:
         recipe: Name or path of a recipe, or one already loaded.
         overrides: `key=value` texts, see `load_recipe`.
-        resume: Go on from the newest complete checkpoint in the output directory.
+        resume: Go on from the newest complete checkpoint in the output directory; leave a run that has ended alone.
         output_dir: Where everything goes.
         callbacks: Further Trainer callbacks.
+        allow_changes: With `resume`, names (`section.field` or `section`) of values that may differ from the run's.
 
     Raises:
         TrainingInterruptedError: After Ctrl-C or SIGTERM, with a checkpoint saved.
         CheckpointError: If a checkpoint cannot be written.
-        ValueError: If the recipe or the data are not valid.
+        NonFiniteError: If a loss, a gradient or a weight is NaN or infinite.
+        ValueError: If the recipe or the data are not valid, or not those of the run that is to be resumed.
         FileNotFoundError: If a file is missing.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides, output_dir=output_dir)
     data, training = loaded.data, loaded.training
     _warn_of_single_process(training.world_size)
+    check_files(data)
+    _check_config(loaded)
+    _check_scorers(loaded)
     folder = Path(training.output_dir or "outputs")
-    checkpoint = _resume_point(folder, resume)
+    if not resume:
+        refuse_earlier_run(folder)
+    checkpoint = resume_point(folder) if resume else None
+    goes_on = resume and (checkpoint is not None or ended_at(folder) is not None)
     set_seed(training.seed)
 
     examples = list(read_split(data, "train"))[: data.max_train_examples]
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _prepare_tokenizer(loaded, examples)
+    tokenizer = _prepare_tokenizer(loaded, examples, goes_on)
+    record = RunRecord(examples_sha256(examples), folder_sha256(folder / TOKENIZER_FOLDER), training.world_size)
+    if goes_on:
+        changes = refuse_changes(folder, loaded, record, allow_changes)
+        if (ended := _left_as_it_is(folder, checkpoint, changes)) is not None:
+            return ended
     labels = Labels()
     train_set = build_dataset(data, "train", tokenizer, labels, examples)
     labels.frozen = True
@@ -236,13 +305,20 @@ def train(
         if not has_split(data, "validation"):
             raise ValueError("training.eval_strategy needs validation data: set data.validation_source and _target")
         eval_set = build_dataset(data, "validation", tokenizer, labels, list(read_split(data, "validation")))
-        # Like lengths together: evaluation goes in this order.
-        eval_set.features.sort(key=lambda feature: len(feature["input_ids"]))
     test = list(read_split(data, "test")) if has_split(data, "test") and data.task == "seq2seq" else []
 
+    training = settle_precision(loaded, checkpoint)
     # Data are read before the seed is used, so reading changes nothing about the initial weights.
     set_seed(training.seed)
     model = build_model(loaded, tokenizer, labels)
+    limits = position_limits(model)
+    limit_tokenizer(tokenizer, limits, loaded.tokenizer.options.get("model_max_length"))
+    check_lengths(data, "train", train_set, limits)
+    check_generation(loaded, test, tokenizer, limits)
+    if eval_set is not None:
+        check_lengths(data, "validation", eval_set, limits)
+        # Like lengths together: evaluation goes in this order.
+        eval_set.features.sort(key=lambda feature: len(feature["input_ids"]))
     interrupt = InterruptCallback()
     trainer = UrformTrainer(
         model=model,
@@ -252,12 +328,16 @@ def train(
         processing_class=tokenizer,
         data_collator=data_collator(data.task, tokenizer, model),
         compute_metrics=_compute_metrics(loaded, tokenizer),
-        callbacks=[*callbacks, interrupt],
+        callbacks=[*callbacks, EstimateCallback(), interrupt],
         tokens_per_batch=data.tokens_per_batch,
         pool_batches=data.pool_batches,
     )
+    if checkpoint is not None:
+        refuse_other_shapes(model, checkpoint)
+        refuse_shorter(folder, checkpoint, trainer.planned_steps())
     if training.should_save:
         loaded.save(folder / RECIPE_FILE)
+        record.save(folder)
     with interrupt.installed():
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.signal_number:
@@ -277,9 +357,39 @@ def train(
         trainer.save_state()  # the losses, for the model card
         if test:
             metrics["test"] = _test(loaded, folder, test, training.device)
-        (folder / RESULTS_FILE).write_text(json.dumps(metrics, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_text_atomically(folder / RESULTS_FILE, json.dumps(metrics, indent=1, ensure_ascii=False))
+        if training.push_to_hub:
+            trainer.push_saved("End of training")
+        record.ended_at = trainer.state.global_step
+        record.save(folder)
     trainer.accelerator.wait_for_everyone()
     return TrainResult(folder, trainer.state.global_step, metrics, trainer.state.log_history)
+
+
+def _left_as_it_is(folder: Path, checkpoint: Path | None, changes: Mapping[str, str]) -> TrainResult | None:
+    """The result of a run that has ended, unless it is to go on to more steps; says so, and what else changes."""
+    steps = ended_at(folder)
+    if skips_newer(folder, checkpoint):
+        steps = None  # its last checkpoints are damaged: train them again
+    is_longer = not changes.keys().isdisjoint(("training.max_steps", "training.num_train_epochs"))
+    if steps is None or (is_longer and checkpoint is not None):
+        for line in changes.values():
+            logger.warning("resuming with a change: %s", line)
+        return None
+    if is_longer:
+        raise ValueError(
+            f"the run in {folder} has ended at step {steps} and left no checkpoint to go on from: start a new run in "
+            f"another --output-dir with model.from_pretrained={folder}"
+        )
+    without = f" (changes without effect: {'; '.join(changes.values())})" if changes else ""
+    warnings.warn(
+        f"nothing to resume: the run in {folder} has ended at step {steps} and is left as it is{without}. To train "
+        f"longer, raise max_steps or num_train_epochs; to average and score the model again, delete {RESULTS_FILE}",
+        stacklevel=3,
+    )
+    metrics = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return TrainResult(folder, steps, metrics, history)
 
 
 def _sampler(trainer: UrformTrainer) -> Any:
@@ -291,21 +401,33 @@ def _sampler(trainer: UrformTrainer) -> Any:
     return sampler
 
 
+def _to_average(folder: Path, count: int) -> list[Path]:
+    """The last checkpoints; fewer than `count`, with a warning, where there are fewer."""
+    found = last_checkpoints(folder, count)
+    if len(found) < count:
+        logger.warning(
+            "run.average_last=%d, and %s has %d complete checkpoints: the finished model is %s. For more checkpoints "
+            "lower training.save_steps or raise training.save_total_limit",
+            count, folder, len(found), f"the average of {len(found)}" if found else "that of the last step",
+        )  # fmt: skip
+    return found
+
+
 def _save_final(recipe: Recipe, trainer: UrformTrainer, folder: Path) -> None:
     """Puts the finished model (averaged if the recipe says so) into the output directory, file by file."""
     staging = folder / f".{AVERAGE_FOLDER}.{uuid.uuid4().hex[:8]}"
     try:
-        if recipe.run.average_last:
-            average_checkpoints(last_checkpoints(folder, recipe.run.average_last), staging)
+        checkpoints = _to_average(folder, recipe.run.average_last)
+        if checkpoints:
+            average_checkpoints(checkpoints, staging)
         else:
-            trainer.save_model(str(staging))
-        for file in staging.iterdir():
-            os.replace(file, folder / file.name)
+            trainer.save_model(str(staging), _internal_call=True)  # not pushed from there
+        for path in staging.iterdir():
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
+            os.replace(path, folder / path.name)
     finally:
-        with contextlib.suppress(OSError):
-            for file in staging.iterdir():
-                file.unlink()
-            staging.rmdir()
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _test(recipe: Recipe, folder: Path, pairs: list[tuple[str, str]], device: torch.device) -> dict[str, Any]:
@@ -353,7 +475,8 @@ def translate(
         progress: Called with the number of texts finished, batch by batch.
     """
     results = [""] * len(texts)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limits = position_limits(model)
+    limit, target_limit = limits.source, limits.target
     encoded = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
     order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(encoded[i]))
     if limit is not None and order and len(encoded[order[0]]) > limit:
@@ -376,7 +499,7 @@ def translate(
                 do_sample=False,
                 length_penalty=length_penalty,
                 early_stopping=num_beams > 1,
-                max_new_tokens=min(room, limit - 1) if limit else room,
+                max_new_tokens=min(room, target_limit - 1) if target_limit else room,
             )
         for i, text in zip(chosen, tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
             results[i] = _one_line(text)
@@ -470,6 +593,7 @@ def evaluate(
         FileNotFoundError: If there is no such folder.
         ValueError: If it holds no finished model, or if there is nothing to score.
     """
+    check_scorers(language)
     hypotheses = list(
         predict(
             model_dir, [source for source, _ in pairs], prefix=prefix, num_beams=num_beams,

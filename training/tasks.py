@@ -5,6 +5,7 @@ Heads come from the Auto classes, so every task trains any model of transformers
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,16 @@ from .data_files import open_lines, read_dataset, read_parallel, read_records
 from .encoding import EncodedDataset, OverLength, encode_pairs, finished, token_ids
 from .recipe import DataArguments
 
-__all__ = ["AUTO_CLASSES", "Labels", "build_dataset", "data_collator", "has_split", "read_split"]
+__all__ = [
+    "AUTO_CLASSES",
+    "Labels",
+    "build_dataset",
+    "data_collator",
+    "has_split",
+    "place_of",
+    "read_split",
+    "split_files",
+]
 
 Split = Literal["train", "validation", "test"]
 
@@ -103,6 +113,28 @@ def read_split(data: DataArguments, split: Split) -> Iterator[tuple[Any, ...]]:
                      f"data.{split}_file or data.dataset_name")  # fmt: skip
 
 
+def split_files(data: DataArguments, split: Split) -> list[Path]:
+    """The files that the recipe names for a split."""
+    names = (getattr(data, f"{split}_{kind}") for kind in ("source", "target", "file"))
+    return [_path(data, name) for name in names if name]
+
+
+def place_of(data: DataArguments, split: Split, number: int) -> str:
+    """Where an example of a split stands, as a user finds it: the file and the line, else its number alone."""
+    files = split_files(data, split)
+    if not files:
+        return f"example {number} of {data.dataset_name} ({getattr(data, f'{split}_split')})"
+    line = number
+    if not any(suffix in (".jsonl", ".json", ".tsv") for suffix in files[0].suffixes):
+        if data.task in ("causal-lm", "masked-lm"):  # where blank lines are no examples
+            texts = (index for index, text in enumerate(open_lines(files[0]), start=1) if text.strip())
+            line = next(itertools.islice(texts, number - 1, None))
+    elif ".tsv" in files[0].suffixes:
+        fields = (data.source_field, data.target_field)[: 1 if data.task in ("causal-lm", "masked-lm") else 2]
+        line += not all(name.isdecimal() for name in fields)  # the header
+    return f"example {number} of the {split} data ({files[0]}, line {line})"
+
+
 def _plain(path: Path) -> Iterator[tuple[str]]:
     count = 0
     for line in open_lines(path):
@@ -170,6 +202,7 @@ def _encode_texts(
         elif data.task == "causal-lm":
             feature["labels"] = list(ids)
         features.append(feature)
+        report.kept.append(report.examples)
     return finished(features, report)
 
 
@@ -204,6 +237,7 @@ def _encode_words(
             for index, word in enumerate(word_ids)
         ]
         features.append({"input_ids": encoding["input_ids"], "labels": aligned})
+        report.kept.append(report.examples)
     return finished(features, report)
 
 

@@ -1,4 +1,4 @@
-"""`Seq2SeqTrainer` with the four things that training a translator needs and it lacks.
+"""`Seq2SeqTrainer` with what training a translator needs and it lacks.
 
 `UrformTrainer` adds, and changes nothing else:
 
@@ -6,8 +6,10 @@
 * a label-smoothed loss that is a sum over tokens divided by the number of tokens of the whole update, on every process
   and under gradient accumulation: Urform's language models compute it themselves, without logits, others get
   `SmoothedCrossEntropy`;
-* checkpoints that are complete or do not count: a manifest with the size of every file is written last, a failed save
-  removes what it wrote and leaves the previous checkpoints alone, and `last_complete_checkpoint` skips torn ones;
+* checkpoints that are complete or do not count (`checkpointing.py`): a manifest with the sha256 of every file is
+  written last, old checkpoints are deleted after that, and a failed save removes what it wrote;
+* a resumed run that logs what the uninterrupted one logs, and that does nothing if it had ended;
+* a stop where a loss, a gradient or a weight is not finite (`finite.py`);
 * `config.use_cache` as the user set it: Trainer turns it off for training and would save that into every checkpoint;
 * with every save the training arguments as JSON, which can be read without unpickling anything, and the model card of
   `urform push` where the run is pushed to the Hub.
@@ -18,9 +20,6 @@ It works with any model of transformers, not only Urform's.
 from __future__ import annotations
 
 import json
-import logging
-import re
-import shutil
 import signal
 import warnings
 from collections.abc import Iterator
@@ -30,8 +29,10 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     Seq2SeqTrainer,
@@ -44,14 +45,29 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..modeling.modeling_urform import UrformLanguageModel, UrformPreTrainedModel
+from ..modeling.modeling_urform import UrformLanguageModel, UrformPreTrainedModel, decoder_inputs, real_targets
 from ..publishing.model_card import is_placeholder, make_card, update_card
+from ..publishing.trainer_push import push_checkpoint, push_output
 from ..publishing.training_record import record_of, write_arguments
 from .batching import GlobalBatchSampler
+from .checkpointing import (
+    MANIFEST_NAME,
+    CheckpointError,
+    begin_manifest,
+    checkpoint_fault,
+    complete_checkpoints,
+    finish_manifest,
+    last_complete_checkpoint,
+    remove_checkpoint,
+    rotate_complete,
+    write_text_atomically,
+)
+from .finite import NonFiniteError, UpdateWatch, refuse_non_finite_weights
 
 __all__ = [
     "CheckpointError",
     "InterruptCallback",
+    "NonFiniteError",
     "SmoothedCrossEntropy",
     "TrainingInterruptedError",
     "UrformTrainer",
@@ -59,13 +75,7 @@ __all__ = [
     "last_complete_checkpoint",
 ]
 
-logger = logging.getLogger(__name__)
-
-MANIFEST_NAME = "checkpoint_manifest.json"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the message names the newest complete one."""
+LOSS_STATE_NAME = "loss_state.json"
 
 
 class TrainingInterruptedError(RuntimeError):
@@ -162,45 +172,6 @@ class SmoothedCrossEntropy:
         return loss
 
 
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a run whose every file is there in full, oldest first; torn ones are reported and skipped."""
-    found: dict[int, Path] = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)):
-            if (reason := _why_incomplete(path)) is None:
-                found[int(match[1])] = path
-            else:
-                warnings.warn(f"skipping the incomplete checkpoint {path}: {reason}", stacklevel=2)
-    return [found[step] for step in sorted(found)]
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    return next(reversed(complete_checkpoints(output_dir)), None)
-
-
-def _why_incomplete(checkpoint: Path) -> str | None:
-    try:
-        sizes = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return f"it has no {MANIFEST_NAME}, so saving it did not finish"
-    except (ValueError, KeyError, OSError) as error:
-        return f"{MANIFEST_NAME} cannot be read ({error})"
-    for name, size in sizes.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    return None
-
-
-def _write_manifest(checkpoint: Path, step: int) -> None:
-    files = {str(file.relative_to(checkpoint)): file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()}
-    manifest = {"step": step, "files": files}
-    (checkpoint / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
 class InterruptCallback(TrainerCallback):
     """Ends training at the next step with a checkpoint when SIGINT or SIGTERM arrives; a second one stops at once."""
 
@@ -249,6 +220,18 @@ class _SetEpochCallback(TrainerCallback):
         self.sampler.set_epoch(state.global_step // self.updates_per_epoch)
 
 
+class _RestoreLossCallback(TrainerCallback):
+    """Restores the sums of losses: Trainer sets them to zero just before this event."""
+
+    def __init__(self, trainer: UrformTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.restore_loss_state()
+
+
 class UrformTrainer(Seq2SeqTrainer):
     """`Seq2SeqTrainer` with global batches, token-exact label smoothing and checkpoints that survive a full disk.
 
@@ -266,7 +249,15 @@ class UrformTrainer(Seq2SeqTrainer):
         if not isinstance(args, Seq2SeqTrainingArguments):
             raise ValueError(f"args must be Seq2SeqTrainingArguments, got {type(args).__name__}")
         self._use_cache = getattr(model.config, "use_cache", None)
+        self._is_saving = False
+        self._save_total_limit: int | None = None
+        self._saved_step: int | None = None
+        self._resumed_from: str | None = None
+        self._loss_is_whole = False
+        self._has_shards: bool | None = None
+        self._watch = UpdateWatch()
         super().__init__(**kwargs)
+        self.add_callback(_RestoreLossCallback(self))
         self._model_smooths = False
         if args.label_smoothing_factor and self.compute_loss_func is None:
             self._smooth(model.get_base_model() if hasattr(model, "get_base_model") else model)
@@ -292,7 +283,30 @@ class UrformTrainer(Seq2SeqTrainer):
         """As `Trainer.compute_loss`; a model that smooths its own loss is told to, in training."""
         if self._model_smooths and torch.is_grad_enabled() and "labels" in inputs:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            inputs = self._with_decoder_inputs(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _with_decoder_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Give an encoder-decoder what it makes of its labels, which Trainer takes away before the model sees them."""
+        labels = inputs.get("labels")
+        given = inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None
+        if labels is None or given or not getattr(self.model.config, "is_encoder_decoder", False):
+            return inputs
+        model: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if isinstance(model, UrformLanguageModel):
+            mask = inputs.get("decoder_attention_mask")
+            mask = real_targets(labels, given=False, seen=True) if mask is None else mask
+            made = {"decoder_input_ids": decoder_inputs(model.config, labels, mask), "decoder_attention_mask": mask}
+        elif hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            made = {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
+        else:
+            raise ValueError(
+                f"{type(model).__name__} cannot make decoder_input_ids of its labels, which the loss of "
+                f"label_smoothing_factor={self.args.label_smoothing_factor} or of compute_loss_func needs; let the "
+                "data collator give decoder_input_ids"
+            )
+        return {**inputs, **made}
 
     def get_train_dataloader(self) -> DataLoader:
         """Global batches dealt to the processes by accelerate."""
@@ -340,9 +354,13 @@ class UrformTrainer(Seq2SeqTrainer):
         training_value = getattr(config, "use_cache", None)
         if self._use_cache is not None:
             config.use_cache = self._use_cache
+        limit = self.args.save_total_limit
+        if self._is_saving:
+            self.args.save_total_limit = self._save_total_limit  # for training_args.bin
         try:
             super()._save(output_dir, state_dict=state_dict)
         finally:
+            self.args.save_total_limit = limit
             if training_value is not None:
                 config.use_cache = training_value
         if self.args.should_save:
@@ -382,30 +400,209 @@ class UrformTrainer(Seq2SeqTrainer):
             make(folder, repo_id, record, given).save(card)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if folder.is_dir() and _why_incomplete(folder) is None:
-            return  # This very step is saved already (an interrupt at a saving step, or the end of an epoch).
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if self._saved_step == step:
+            return  # This trainer has saved this very step (an interrupt at a saving step, or the end of an epoch).
+        refuse_non_finite_weights(self.model, self.optimizer, step, folder.parent)
+        tr_losses = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # what an earlier run may have left torn
+            remove_checkpoint(folder)  # what an earlier run may have left
+            begin_manifest(folder, step)
         self.accelerator.wait_for_everyone()
+        # Trainer would delete old checkpoints, and push the new one, before it is complete.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._is_saving, self._save_total_limit = True, limit
         try:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self._save_loss_state(folder, tr_losses)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                _write_manifest(folder, self.state.global_step)
+                finish_manifest(folder, step)
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)  # gives the space back
+                remove_checkpoint(folder)  # gives the space back
             previous = last_complete_checkpoint(folder.parent)
             raise CheckpointError(
                 f"could not save {folder}: {error}. "
                 + (f"The last complete checkpoint is {previous}" if previous else "There is no complete checkpoint")
             ) from error
+        finally:
+            self._is_saving = False
+            self.args.save_total_limit = limit
+        self._saved_step = step
+        if self.args.should_save:
+            rotate_complete(folder.parent, step, limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; `config.use_cache` is afterwards what it was before."""
+    # --- publishing --------------------------------------------------------------------------------------------
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_saving:  # once more when the checkpoint is complete
+            push_checkpoint(self, Path(checkpoint_folder))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Trainer.push_to_hub`; of the output folder, what `published_files` lists is uploaded."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            private = {"private": kwargs["private"]} if "private" in kwargs else {}  # not before transformers 5.23
+            self.init_hf_repo(token=token if token is not None else self.args.hub_token, **private)
+        kwargs.pop("private", None)
+        self.save_model(_internal_call=True)
+        return self.push_saved(commit_message or "End of training", blocking, token, revision, **kwargs)
+
+    def push_saved(
+        self,
+        commit_message: str,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **card: Any,
+    ) -> Any:
+        """Write the model card (`card`: see `create_model_card`) and push the output folder as it is."""
+        if not self.is_world_process_zero():
+            return None
+        given = card.pop("tags", None) or []
+        tags = [given] if isinstance(given, str) else list(given)
+        tags += [tag for tag in getattr(self.model, "model_tags", None) or () if tag not in tags]
+        name = (
+            card.pop("model_name", None) or (self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1]
+        )
+        self.create_model_card(model_name=name, **{**card, **({"tags": tags} if tags else {})})
+        self._finish_current_push()
+        return push_output(self, commit_message, token, revision, run_as_future=not blocking)
+
+    # --- resuming ----------------------------------------------------------------------------------------------
+    def _save_loss_state(self, folder: Path, tr_losses: list[float]) -> None:
+        """Keep the loss summed up since the last log, per process, and in all: Trainer would begin at zero again."""
+        state = {
+            "since_log": tr_losses,
+            "total": self._total_loss_scalar,
+            "last_logged_step": self._globalstep_last_logged,
+        }
+        write_text_atomically(folder / LOSS_STATE_NAME, json.dumps(state))
+
+    def restore_loss_state(self) -> None:
+        """Go on with the sums of losses of the checkpoint that training resumes from."""
+        if self._resumed_from is None:
+            self._loss_is_whole = True
+            return
+        path = Path(self._resumed_from, LOSS_STATE_NAME)
+        self._loss_is_whole = path.is_file()
+        if not self._loss_is_whole:
+            return  # a checkpoint of another Trainer
+        state = json.loads(path.read_text(encoding="utf-8"))
+        since_log = state["since_log"]
+        same_world = len(since_log) == self.args.world_size
+        # Another number of processes: the mean over the processes is what gets logged.
+        mine = since_log[self.args.process_index] if same_world else sum(since_log) / len(since_log)
+        self._tr_loss += mine
+        self._total_loss_scalar = state["total"]
+        self._globalstep_last_logged = state["last_logged_step"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`; `train_loss` is the mean over all steps of the run, those before a resume included."""
+        if "train_loss" in logs and self._loss_is_whole:
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+        super().log(logs, *args, **kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            world = self.args.world_size
+            name = f"rng_state_{self.args.process_index}.pth" if world > 1 else "rng_state.pth"
+            if not Path(checkpoint, name).is_file():
+                warnings.warn(
+                    f"{checkpoint} has no {name}: it was saved by another number of processes than {world}, so dropout "
+                    "draws other random numbers than in an uninterrupted run",
+                    stacklevel=2,
+                )
+        super()._load_rng_state(checkpoint)
+
+    def planned_steps(self) -> int:
+        """Return after how many optimizer steps training ends, by `max_steps` or `num_train_epochs`."""
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Trainer would do one more step each time a run that has ended is resumed.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, with complete checkpoints only; `config.use_cache` is afterwards what it was before.
+
+        Args:
+            resume_from_checkpoint: A checkpoint, or True for the newest complete one in `args.output_dir`.
+            *args: As for `Trainer.train`.
+            **kwargs: As for `Trainer.train`.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged, or, with True, if there is no complete one; or if one cannot
+                be written.
+            NonFiniteError: If a loss, a gradient or a weight is NaN or infinite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise CheckpointError(f"there is no complete checkpoint in {self.args.output_dir} to resume from")
+        elif resume_from_checkpoint and Path(resume_from_checkpoint, MANIFEST_NAME).is_file():
+            if fault := checkpoint_fault(resume_from_checkpoint):
+                raise CheckpointError(f"cannot resume from {resume_from_checkpoint}: {fault}")
+        if resume_from_checkpoint and not self.is_deepspeed_enabled:
+            if not Path(resume_from_checkpoint, "scheduler.pt").is_file():
+                raise CheckpointError(
+                    f"cannot resume from {resume_from_checkpoint}: it has no state of the optimizer and the schedule "
+                    "(save_only_model). Start a new run from its weights"
+                )
+        self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._saved_step = None
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(self._resumed_from, *args, **kwargs)
+            refuse_non_finite_weights(self.model, self.optimizer, self.state.global_step, self.args.output_dir)
+            return output
         finally:
             if self._use_cache is not None:
                 self.model.config.use_cache = self._use_cache
+
+    # --- numbers that are not finite ---------------------------------------------------------------------------
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As `Trainer.training_step`; loss and batch are kept until the update has been checked."""
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self._watch.add(inputs, loss)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if not self._clips_plainly(model):
+            return super()._clip_grad_norm(model)
+        # The two halves of `torch.nn.utils.clip_grad_norm_`; clipping by a norm that is NaN makes every gradient NaN.
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        self._watch.check(self, grad_norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, grad_norm)
+        return grad_norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._clips_plainly(model):
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        else:
+            grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._watch.check(self, grad_norm)
+        return grad_norm
+
+    def _clips_plainly(self, model: nn.Module) -> bool:
+        """Whether clipping is torch's: no shards, no loss scaling, no engine of its own."""
+        plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if self.accelerator.distributed_type not in plain or getattr(self.accelerator, "scaler", None) is not None:
+            return False
+        if self._has_shards is None:
+            self._has_shards = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        return not self._has_shards

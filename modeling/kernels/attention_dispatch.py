@@ -72,7 +72,7 @@ def _triton(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
 
 def _no_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (the extra urform[triton], 3.6 or newer)"
+        return "Triton is not installed (pip install 'triton>=3.6')"
     if device.type not in ("cuda", "xpu") and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs a GPU and the tensors are on {device.type}"
     return None

@@ -9,7 +9,6 @@ Shapes: B sequences, L queries, S keys, N packed tokens. `_BL` in a name is the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -17,11 +16,11 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
 class Layout:
     """Where the tokens of each sequence are. Make one with `Layout.padded`, `Layout.packed` or `Layout.full`.
 
     One layout serves every layer of a forward pass: what backends derive from it is computed once and kept in `memo`.
+    It is no dataclass: FSDP walks the dataclasses among a layer's arguments, and copies them under mixed precision.
 
     Attributes:
         batch: number of sequences B.
@@ -33,14 +32,25 @@ class Layout:
         finite: padding is known to hold no NaN and no infinity, so nothing need be cleaned.
     """
 
-    batch: int
-    length: int
-    lengths: Tensor
-    mask: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    known_sizes: tuple[int, ...] | None = None
-    finite: bool = False
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    def __init__(
+        self,
+        batch: int,
+        length: int,
+        lengths: Tensor,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        known_sizes: tuple[int, ...] | None = None,
+        finite: bool = False,
+    ):
+        self.batch, self.length, self.lengths = batch, length, lengths
+        self.mask, self.cu_seqlens = mask, cu_seqlens
+        self.known_sizes, self.finite = known_sizes, finite
+        self.memo: dict[Any, Any] = {}
+
+    def __repr__(self) -> str:
+        """Say what errors and debuggers need."""
+        kind = "packed" if self.is_packed else "padded"
+        return f"Layout({kind}, batch={self.batch}, length={self.length}, lengths={self.lengths})"
 
     @classmethod
     def padded(cls, mask: Tensor, finite: bool = False) -> Layout:

@@ -1,0 +1,211 @@
+"""What `import urform` registers in transformers, PEFT and lm-eval, without importing any of them.
+
+A rule of `_RULES` runs right after the modules that it names have been imported. Where they have been imported already,
+it runs at once; otherwise a finder on `sys.meta_path`, which watches these few modules, runs it. Hence the order of
+imports does not matter. `from transformers import AutoModel` stays as fast as it is without Urform: mappings of classes
+are given names, which become classes when they are asked for.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+__all__ = ["watch_imports"]
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+class _Name(str):
+    """The name of one of our classes that has not been asked for."""
+
+
+class _LazyClasses(dict[Any, Any]):
+    """A dict of classes where ours stand as names and are imported when somebody looks at them."""
+
+    def __getitem__(self, key: Any) -> Any:
+        value = super().__getitem__(key)
+        return getattr(sys.modules[_PACKAGE], value) if isinstance(value, _Name) else value
+
+    def __iter__(self) -> Iterator[Any]:  # overridden so that dict(self) and pickling copy classes, not names
+        return super().__iter__()
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def values(self) -> Any:
+        return {key: self[key] for key in self}.values()
+
+    def items(self) -> Any:
+        return {key: self[key] for key in self}.items()
+
+
+def _put(mapping: Any, key: Any, name: str) -> None:
+    """Do what `AutoX.register` does to its mapping, with the class given by name."""
+    if not isinstance(mapping._extra_content, _LazyClasses):
+        mapping._extra_content = _LazyClasses(mapping._extra_content)
+    mapping.register(key, _Name(name), exist_ok=True)
+
+
+def _register_config(auto: Any) -> None:
+    _put(auto.CONFIG_MAPPING, "urform", "UrformConfig")
+
+
+def _register_models(auto: Any, configuration: Any) -> None:
+    from .configuration.bundle_urform import HEADS
+
+    for auto_class, (name, _) in HEADS.items():
+        mapping = getattr(auto, auto_class)._model_mapping
+        _put(mapping, configuration.UrformConfig, name)
+        # Trainer's label smoothing, the model card and some pipelines read the class names of these static tables.
+        mapping._model_mapping["urform"] = name
+
+
+def _register_tokenizer(auto: Any) -> None:
+    # By its name alone: were it in TOKENIZER_MAPPING too, transformers would take a repository's copy of the class with
+    # trust_remote_code=True, and not, as it does for models, the installed one.
+    if not isinstance(auto.REGISTERED_TOKENIZER_CLASSES, _LazyClasses):
+        auto.REGISTERED_TOKENIZER_CLASSES = _LazyClasses(auto.REGISTERED_TOKENIZER_CLASSES)
+    auto.REGISTERED_TOKENIZER_CLASSES["UrformTokenizer"] = _Name("UrformTokenizer")
+
+
+def _register_attention(modeling_utils: Any) -> None:
+    if f"{_PACKAGE}.modeling.attention_interface" not in sys.modules:  # else it is just being imported: next rule
+        importlib.import_module(".modeling.attention_interface", _PACKAGE)
+
+
+def _register_imported_attention(modeling_utils: Any, attention_interface: Any) -> None:
+    attention_interface.register_attention()
+
+
+class _LazyAttribute:
+    """One of our classes as an attribute of the module `transformers`; an attribute that somebody sets wins over it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        if getattr(module, "__name__", "") != "transformers":
+            raise AttributeError(f"{module!r} has no attribute {self.name!r}")
+        return getattr(sys.modules[_PACKAGE], self.name)
+
+
+def _register_classes(import_utils: Any) -> None:
+    # TRL, `transformers serve` and others look for `getattr(transformers, config.architectures[0])`. The attributes are
+    # set on the class of that module: transformers executes its __init__ twice (`direct_transformers_import`), and each
+    # importer holds one of two module objects.
+    for name in sys.modules[_PACKAGE].__all__:
+        if name.startswith("Urform"):
+            setattr(import_utils._LazyModule, name, _LazyAttribute(name))
+
+
+def _register_peft_targets(constants: Any) -> None:
+    # The defaults of every method that has some for Llama, whose linear layers are named as ours are. Norms are not.
+    own = {"TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING": ["self_attn_norm", "cross_attn_norm", "mlp_norm"]}
+    for name, mapping in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in mapping:
+            mapping.setdefault("urform", own.get(name, mapping["llama"]))
+
+
+def _register_lm_eval(huggingface: Any) -> None:
+    # lm-eval tells causal from sequence-to-sequence models by `model_type`; ours says it by its architecture.
+    by_model_type = huggingface.HFLM._get_backend
+
+    def _get_backend(self: Any, config: Any, backend: str = "default", **kwargs: Any) -> None:
+        if backend == "default" and getattr(config, "model_type", None) == "urform":
+            backend = "seq2seq" if config.is_encoder_decoder else "causal"
+        by_model_type(self, config, backend, **kwargs)
+
+    huggingface.HFLM._get_backend = _get_backend
+
+
+def _complete_card(folder: Any, repo_id: str) -> None:
+    from .publishing.model_card import complete_card
+
+    complete_card(folder, repo_id)
+
+
+def _register_card(bundle: Any) -> None:
+    if _complete_card not in bundle.BEFORE_UPLOAD:
+        bundle.BEFORE_UPLOAD.append(_complete_card)
+
+
+def _register_trainer(trainer: Any) -> None:
+    from .publishing.trainer_push import PublishCallback
+
+    if PublishCallback not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(PublishCallback)
+
+
+_CONFIGURATION = f"{_PACKAGE}.configuration.configuration_urform"
+_AUTO = "transformers.models.auto"
+# A rule runs whenever one of its modules has been imported (or reloaded) and all of them are there: with these modules.
+_RULES: list[tuple[Sequence[str], Callable[..., None]]] = [
+    (("transformers.utils.import_utils",), _register_classes),
+    ((f"{_AUTO}.configuration_auto",), _register_config),
+    ((f"{_AUTO}.modeling_auto", _CONFIGURATION), _register_models),
+    ((f"{_AUTO}.tokenization_auto",), _register_tokenizer),
+    (("transformers.modeling_utils",), _register_attention),
+    (("transformers.modeling_utils", f"{_PACKAGE}.modeling.attention_interface"), _register_imported_attention),
+    (("peft.utils.constants",), _register_peft_targets),
+    (("lm_eval.models.huggingface",), _register_lm_eval),
+    ((f"{_PACKAGE}.configuration.bundle_urform",), _register_card),
+    (("transformers.trainer",), _register_trainer),
+]
+_WATCHED = frozenset(name for names, _ in _RULES for name in names)
+_imported: set[str] = set()
+
+
+def _after_import(name: str) -> None:
+    _imported.add(name)
+    for names, function in _RULES:
+        if name in names and all(n in _imported and n in sys.modules for n in names):
+            function(*(sys.modules[n] for n in names))
+
+
+class _Loader(importlib.abc.Loader):
+    """A module's own loader, which stays the module's loader; then `_after_import`."""
+
+    def __init__(self, name: str, loader: Any) -> None:
+        self.name, self.loader = name, loader
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self.loader, attribute)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        _after_import(self.name)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of `_WATCHED` through the other finders and lets `_Loader` load them."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in _WATCHED:
+            return None
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(fullname, spec.loader)
+                return spec
+        return None
+
+
+def watch_imports() -> None:
+    """Run every rule whose modules have been imported; let the others run when theirs are."""
+    sys.meta_path.insert(0, _Finder())
+    for name in sorted(_WATCHED & sys.modules.keys()):
+        importlib.import_module(name)  # waits if another thread is importing it right now
+        _after_import(name)
