@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import transformers
+from numerics import assert_within, twice
 from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
@@ -140,8 +141,8 @@ def test_beams_carry_the_models_scores(kind: str, position: str) -> None:
     options = {**GREEDY, "num_beams": 4, "num_return_sequences": 2, "output_scores": True}
     found = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
     repeated = [x.repeat_interleave(2, dim=0) for x in (ids, mask)]
-    expected = score(model, *repeated, found.sequences[:, -NEW:])
-    torch.testing.assert_close(found.sequences_scores, expected, atol=1e-5, rtol=1e-5)
+    expected = twice(model, lambda m: score(m, *repeated, found.sequences[:, -NEW:]))
+    assert_within(found.sequences_scores, *expected)
     without_cache = model.generate(ids, attention_mask=mask, use_cache=False, **options)
     assert torch.equal(found.sequences, without_cache)
 
@@ -183,11 +184,11 @@ def test_decoder_goes_on_from_its_cache(position: str) -> None:
     assert torch.equal(second[:, -NEW:], expected)
     assert torch.equal(model.generate(ids, attention_mask=mask, prefill_chunk_size=3, **GREEDY)[:, -NEW:], expected)
     with torch.no_grad():
-        whole = model(ids, attention_mask=mask).logits
+        whole, truth = twice(model, lambda m: m(ids, attention_mask=mask).logits[:, 4:])
         head = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True)
         tail = model(ids[:, 4:], attention_mask=mask, past_key_values=head.past_key_values).logits
     real = mask[:, 4:].bool()
-    torch.testing.assert_close(tail[real], whole[:, 4:][real], atol=1e-5, rtol=1e-5)
+    assert_within(tail[real], whole[real], truth[real])
 
 
 @pytest.mark.parametrize("position", ["rope", "rope-sliding", "t5-sliding"])
@@ -261,7 +262,7 @@ def test_4d_mask_shares_a_prefix(implementation: str, position: str) -> None:
         model.set_attn_implementation(implementation)
         ids = padded()[0][2:]
         mask = torch.ones(7, 7).tril().bool()[None, None]
-        torch.testing.assert_close(model(ids, attention_mask=mask).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+        assert_within(model(ids, attention_mask=mask).logits, *twice(model, lambda m: m(ids).logits))
         return
     model = build("decoder", position)
     model.set_attn_implementation(implementation)
@@ -271,7 +272,7 @@ def test_4d_mask_shares_a_prefix(implementation: str, position: str) -> None:
     mask[3:, 3:] = torch.eye(3)
     mask = (1 - mask[None, None]) * torch.finfo(torch.float32).min
     found = model(row, attention_mask=mask, position_ids=torch.tensor([[0, 1, 2, 3, 3, 3]])).logits[0, 3:]
-    torch.testing.assert_close(found, model(rows).logits[:, -1], atol=1e-5, rtol=1e-5)
+    assert_within(found, *twice(model, lambda m: m(rows).logits[:, -1]))
 
 
 @pytest.mark.parametrize(("kind", "position"), [("decoder", "learned"), ("encoder-decoder", "t5")])
@@ -307,16 +308,17 @@ def test_decoding_with_a_static_cache_compiles_once(kind: str, position: str) ->
 def test_logits_to_keep(kind: str) -> None:
     model = build(kind)
     ids, mask = padded()
-    whole = model(ids, attention_mask=mask).logits
+    both = twice(model, lambda m: m(ids, attention_mask=mask).logits)
     rows = torch.tensor([[0, 6], [5, 2], [3, 3]])
     chosen = torch.zeros(3, 7, dtype=torch.bool)
     chosen[0, 5] = chosen[2, 1] = chosen[2, 6] = True
-    for keep, expected in (
-        (0, whole), (1, whole[:, -1:]), (3, whole[:, -3:]), (torch.tensor([1, 4]), whole[:, [1, 4]]),
-        (rows, whole[torch.arange(3)[:, None], rows]), (chosen, whole[chosen]),
-    ):  # fmt: skip
+    places: list[tuple[Any, Any]] = [
+        (0, slice(None)), (1, (slice(None), slice(-1, None))), (3, (slice(None), slice(-3, None))),
+        (torch.tensor([1, 4]), (slice(None), [1, 4])), (rows, (torch.arange(3)[:, None], rows)), (chosen, chosen),
+    ]  # fmt: skip
+    for keep, place in places:
         found = model(ids, attention_mask=mask, logits_to_keep=keep).logits
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert_within(found, *(whole[place] for whole in both))
 
 
 def test_prompts_padded_on_the_right_go_on_alike_under_every_cache() -> None:
@@ -331,6 +333,6 @@ def test_prompts_padded_on_the_right_go_on_alike_under_every_cache() -> None:
     static = {"cache_implementation": "static", "disable_compile": True}
     found = [torch.stack(model.generate(ids, **settings, **extra).logits) for extra in ({}, static)]
     model.set_attn_implementation("eager")
-    want = torch.stack(model.generate(ids, **settings).logits)
+    want = twice(model, lambda m: torch.stack(m.generate(ids, **settings).logits))
     for logits in found:
-        torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-5)
+        assert_within(logits, *want)

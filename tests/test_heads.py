@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from numerics import assert_within, exact, twice
 from torch import Tensor
 
 import urform
@@ -50,20 +51,20 @@ def batch(head: str) -> dict[str, Tensor]:
     return {**inputs, "labels": labels}
 
 
-def nll(logits: Tensor, labels: Tensor) -> list[float]:
-    """The negative log-likelihood of every label that is not -100, one by one, in float64."""
+def nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """The negative log-likelihood of every label that is not -100, one by one."""
     out = []
-    for row, label in zip(logits.double().flatten(0, -2), labels.flatten().tolist(), strict=True):
+    for row, label in zip(logits.flatten(0, -2), labels.flatten().tolist(), strict=True):
         if label != -100:
-            out.append((row.logsumexp(0) - row[label]).item())
-    return out
+            out.append(row.logsumexp(0) - row[label])
+    return torch.stack(out)
 
 
-def items(head: str, outputs: Any, inputs: dict[str, Tensor]) -> list[float]:
+def items(head: str, outputs: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The terms whose mean is the loss."""
     if head == "UrformForQuestionAnswering":
         ends = nll(outputs.start_logits, inputs["start_positions"]), nll(outputs.end_logits, inputs["end_positions"])
-        return [(a + b) / 2 for a, b in zip(*ends, strict=True)]
+        return (ends[0] + ends[1]) / 2
     if head == "UrformForCausalLM":
         return nll(outputs.logits[:, :-1], inputs["labels"][:, 1:])
     return nll(outputs.logits, inputs["labels"])
@@ -74,12 +75,11 @@ def test_loss_learning_and_saving(auto: str, head: str, architecture: str, tmp_p
     """The loss is its formula's mean, `num_items_in_batch` divides its sum, it falls, and a saved model is the same."""
     model, inputs = make(head, architecture).eval(), batch(head)
     outputs = model(**inputs)
-    terms = items(head, outputs, inputs)
-    assert outputs.loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+    terms = twice(model, lambda m: items(head, m(**inputs), inputs))
+    assert_within(outputs.loss, *(t.mean() for t in terms))
     if head != "UrformForQuestionAnswering":  # Trainer counts items in `labels` only
-        assert model(**inputs, num_items_in_batch=torch.tensor(50)).loss.item() == pytest.approx(
-            sum(terms) / 50, rel=1e-5
-        )
+        loss = model(**inputs, num_items_in_batch=torch.tensor(50)).loss
+        assert_within(loss, *(t.sum() / 50 for t in terms))
 
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -99,7 +99,7 @@ def test_loss_learning_and_saving(auto: str, head: str, architecture: str, tmp_p
     assert all(torch.equal(value, state.pop(key)) for key, value in model.state_dict().items())
     assert not state
     # Loaded tensors lie at other addresses, and the matrix product of some CPUs rounds by alignment.
-    torch.testing.assert_close(again(**inputs)[1], model(**inputs)[1], rtol=1e-6, atol=1e-6)
+    assert_within(again(**inputs)[1], *twice(model, lambda m: m(**inputs)[1]))
 
 
 @pytest.mark.parametrize("architecture", ["encoder", "decoder", "encoder-decoder"])
@@ -109,17 +109,17 @@ def test_classifier_reads_real_tokens(architecture: str, pooling: str | None) ->
     model = make("UrformForSequenceClassification", architecture, classifier_pooling=pooling).eval()
     ids = torch.randint(3, 99, (1, 5))
     with torch.no_grad():
-        want = model(input_ids=ids).logits
+        want = twice(model, lambda m: m(input_ids=ids).logits)
         for left, right in ((2, 0), (0, 3), (1, 2)):
             padded = torch.nn.functional.pad(ids, (left, right), value=7)
             mask = torch.nn.functional.pad(torch.ones_like(ids), (left, right))
-            torch.testing.assert_close(model(input_ids=padded, attention_mask=mask).logits, want, rtol=1e-5, atol=1e-5)
+            assert_within(model(input_ids=padded, attention_mask=mask).logits, *want)
             embeds = model.get_input_embeddings()(padded)
             have = model(inputs_embeds=embeds, attention_mask=mask).logits
-            torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-5)
+            assert_within(have, *want)
             by_pad_token = torch.nn.functional.pad(ids, (0, right), value=model.config.pad_token_id)
             if architecture == "decoder":  # no mask: a decoder still finds its last real token
-                torch.testing.assert_close(model(input_ids=by_pad_token).logits, want, rtol=1e-5, atol=1e-5)
+                assert_within(model(input_ids=by_pad_token).logits, *want)
 
 
 @pytest.mark.parametrize(
@@ -129,21 +129,21 @@ def test_classifier_losses_under_accumulation(labels: Tensor, kind: str) -> None
     """Regression and several labels: two halves with the number of items of the whole add up to the whole."""
     model = make("UrformForSequenceClassification", "encoder", num_labels=1 if kind == "regression" else 3).eval()
     inputs = {key: value for key, value in batch("UrformForSequenceClassification").items() if key != "labels"}
-    whole = model(**inputs, labels=labels).loss
+    whole = model(**inputs, labels=labels).loss, exact(model)(**inputs, labels=labels.double()).loss
     halves = 0.0
     for part in (slice(0, 2), slice(2, 3)):
         some = {key: value[part] for key, value in inputs.items()}
         halves += model(**some, labels=labels[part], num_items_in_batch=torch.tensor(labels.numel())).loss
-    torch.testing.assert_close(halves, whole, rtol=1e-5, atol=1e-6)
+    assert_within(halves, *whole)
 
 
 def test_left_padded_labels_are_the_labels() -> None:
     """A collator that pads targets on the left trains on the same loss."""
     model = make("UrformForConditionalGeneration", "encoder-decoder").eval()
     ids, labels = torch.randint(3, 99, (1, 6)), torch.randint(3, 99, (1, 4))
-    want = model(input_ids=ids, labels=labels).loss
+    want = twice(model, lambda m: m(input_ids=ids, labels=labels).loss)
     left = torch.nn.functional.pad(labels, (3, 0), value=-100)
-    torch.testing.assert_close(model(input_ids=ids, labels=left).loss, want, rtol=1e-5, atol=1e-6)
+    assert_within(model(input_ids=ids, labels=left).loss, *want)
 
 
 def test_encoder_model_reads_a_translator(tmp_path: Path) -> None:
@@ -153,5 +153,5 @@ def test_encoder_model_reads_a_translator(tmp_path: Path) -> None:
     encoder, info = transformers.AutoModelForTextEncoding.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     ids = torch.randint(3, 99, (2, 6))
-    want = model.model.encoder(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(encoder(input_ids=ids).last_hidden_state, want, rtol=1e-6, atol=1e-6)
+    want = twice(model, lambda m: m.model.encoder(input_ids=ids).last_hidden_state)
+    assert_within(encoder(input_ids=ids).last_hidden_state, *want)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from numerics import assert_within, exact
 from torch import Tensor
 
 import urform
@@ -52,6 +53,13 @@ def alone(model: Any, sources: list[Tensor], targets: list[Tensor]) -> list[Tens
     return out
 
 
+def alone_in_both(model: Any, sources: list[Tensor], targets: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The logits of each document by itself, in float32 and, by eager attention, in float64."""
+    eager = exact(model)
+    eager.set_attn_implementation("eager")
+    return list(zip(alone(model, sources, targets), alone(eager, sources, targets), strict=True))
+
+
 def pad(rows: list[Tensor], side: str, longest: int | None = None) -> tuple[Tensor, Tensor]:
     """Rows padded with a token that would change the result if it were seen; and the mask."""
     longest = longest or max(map(len, rows))
@@ -84,7 +92,7 @@ def test_padded_row_is_the_row_alone(architecture: str, case: tuple[str, str, di
     model = make(architecture, case[1], **fields_of(case, architecture))
     sources, targets = documents(LENGTHS, 1), documents(TARGET_LENGTHS, 2)
     with torch.no_grad():
-        want = alone(model, sources, targets)
+        want = alone_in_both(model, sources, targets)
         for source_side, target_side in (("right", "left"), ("left", "right"), ("left", "left")):
             ids, mask = pad(sources, source_side, longest=11)
             inputs = {"input_ids": ids, "attention_mask": mask}
@@ -95,9 +103,9 @@ def test_padded_row_is_the_row_alone(architecture: str, case: tuple[str, str, di
                 inputs.update(decoder_input_ids=target_ids, decoder_attention_mask=target_mask)
             logits = model(**inputs).logits
             assert logits.isfinite().all()
-            for row, truth in zip(logits, want, strict=True):
+            for row, (reference, truth) in zip(logits, want, strict=True):
                 part = row[: len(truth)] if side == "right" else row[longest - len(truth) :]
-                torch.testing.assert_close(part, truth, rtol=1e-4, atol=1e-4)
+                assert_within(part, reference, truth)
 
 
 def packed_inputs(model: Any, sources: list[Tensor], targets: list[Tensor], how: str) -> dict[str, Any]:
@@ -133,13 +141,13 @@ def test_packed_documents_are_the_documents_alone(architecture: str, case: tuple
     model = make(architecture, case[1], **fields_of(case, architecture))
     sources, targets = documents(LENGTHS, 3), documents(TARGET_LENGTHS, 4)
     with torch.no_grad():
-        want = torch.cat(alone(model, sources, targets))
+        want = [torch.cat(logits) for logits in zip(*alone_in_both(model, sources, targets), strict=True)]
         for how in ("position_ids", "position_ids and a mask of ones", "cu_seq_lens"):
             for use_cache in (False, True) if architecture != "encoder" else (None,):
                 inputs = packed_inputs(model, sources, targets, how)
                 if use_cache is not None:
                     inputs["use_cache"] = use_cache
-                torch.testing.assert_close(model(**inputs).logits[0], want, rtol=1e-4, atol=1e-4)
+                assert_within(model(**inputs).logits[0], *want)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -156,8 +164,8 @@ def test_several_packed_rows_with_padding(architecture: str) -> None:
     with torch.no_grad():
         logits = model(**inputs).logits
         for row, (sources, targets) in zip(logits, rows, strict=True):
-            want = torch.cat(alone(model, sources, targets))
-            torch.testing.assert_close(row[: len(want)], want, rtol=1e-4, atol=1e-4)
+            want = [torch.cat(logits) for logits in zip(*alone_in_both(model, sources, targets), strict=True)]
+            assert_within(row[: len(want[0])], *want)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -175,10 +183,10 @@ def test_fully_padded_row_leaves_finite_numbers(architecture: str, implementatio
     assert logits.isfinite().all()
     logits.square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    want = alone(model, sources, targets)
-    for row, truth in zip(logits, want, strict=False):
+    want = alone_in_both(model, sources, targets)
+    for row, (reference, truth) in zip(logits, want, strict=False):
         part = row[-len(truth) :] if model.config.is_encoder_decoder else row[: len(truth)]
-        torch.testing.assert_close(part, truth, rtol=1e-4, atol=1e-4)
+        assert_within(part, reference, truth)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
