@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..publishing.checkpoint_checks import read_json
 from .averaging import average_checkpoints, last_checkpoints
 from .batching import padding_share
 from .checkpointing import last_complete_checkpoint, write_text_atomically
@@ -200,10 +201,12 @@ def _prepare_tokenizer(recipe: Recipe, examples: list[tuple[Any, ...]], goes_on:
             output_dir.mkdir(parents=True, exist_ok=True)
             sweep(output_dir)
             if not goes_on:
-                begin_afresh(output_dir)
-        if not folder.is_dir():
+                begin_afresh(output_dir, recipe)
+        if not folder.is_dir() or (state.is_main_process and not goes_on):
             staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
             train_tokenizer(recipe, examples).save_pretrained(staging)
+            if folder.is_dir():
+                shutil.rmtree(folder)  # an earlier run's
             staging.rename(folder)
         if goes_on:
             refuse_other_tokenizer(output_dir)
@@ -387,9 +390,8 @@ def _left_as_it_is(folder: Path, checkpoint: Path | None, changes: Mapping[str, 
         f"longer, raise max_steps or num_train_epochs; to average and score the model again, delete {RESULTS_FILE}",
         stacklevel=3,
     )
-    metrics = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return TrainResult(folder, steps, metrics, history)
+    history = read_json(folder / "trainer_state.json").get("log_history", [])
+    return TrainResult(folder, steps, read_json(folder / RESULTS_FILE), history)
 
 
 def _sampler(trainer: UrformTrainer) -> Any:
