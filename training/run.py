@@ -285,10 +285,7 @@ def train(
     _check_config(loaded)
     _check_scorers(loaded)
     folder = Path(training.output_dir or "outputs")
-    if not resume:
-        refuse_earlier_run(folder)
-    checkpoint = resume_point(folder) if resume else None
-    goes_on = resume and (checkpoint is not None or ended_at(folder) is not None)
+    checkpoint, goes_on = _starting_point(folder, resume)
     set_seed(training.seed)
 
     examples = list(read_split(data, "train"))[: data.max_train_examples]
@@ -356,17 +353,33 @@ def train(
     if sampler := _sampler(trainer):
         metrics["padding_share"] = round(padding_share(sampler), 4)
     if training.should_save:
-        _save_final(loaded, trainer, folder)
-        trainer.save_state()  # the losses, for the model card
-        if test:
-            metrics["test"] = _test(loaded, folder, test, training.device)
-        write_text_atomically(folder / RESULTS_FILE, json.dumps(metrics, indent=1, ensure_ascii=False))
-        if training.push_to_hub:
-            trainer.push_saved("End of training")
+        _finish(loaded, trainer, folder, metrics, test)
         record.ended_at = trainer.state.global_step
         record.save(folder)
     trainer.accelerator.wait_for_everyone()
     return TrainResult(folder, trainer.state.global_step, metrics, trainer.state.log_history)
+
+
+def _finish(
+    recipe: Recipe, trainer: UrformTrainer, folder: Path, metrics: dict[str, Any], test: list[tuple[str, str]]
+) -> None:
+    """What comes after the last step: the model, its scores in `metrics`, the results, the Hub."""
+    _save_final(recipe, trainer, folder)
+    trainer.save_state()  # the losses, for the model card
+    if test:
+        metrics["test"] = _test(recipe, folder, test, trainer.args.device)
+    write_text_atomically(folder / RESULTS_FILE, json.dumps(metrics, indent=1, ensure_ascii=False))
+    if trainer.args.push_to_hub:
+        trainer.push_saved("End of training")
+
+
+def _starting_point(folder: Path, resume: bool) -> tuple[Path | None, bool]:
+    """The checkpoint to go on from, and whether what the folder holds belongs to this run."""
+    if not resume:
+        refuse_earlier_run(folder)
+        return None, False
+    checkpoint = resume_point(folder)
+    return checkpoint, checkpoint is not None or ended_at(folder) is not None
 
 
 def _left_as_it_is(folder: Path, checkpoint: Path | None, changes: Mapping[str, str]) -> TrainResult | None:
