@@ -27,6 +27,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
+from .languages import normalize_language
+
 __all__ = [
     "TASKS",
     "DataArguments",
@@ -90,6 +92,12 @@ class DataArguments:
             )
         if self.over_length not in ("drop", "truncate", "error"):
             raise ValueError(f"data.over_length must be drop, truncate or error, got {self.over_length!r}")
+        for side in ("source", "target"):
+            if (code := getattr(self, f"{side}_language")) is not None:
+                try:
+                    normalize_language(code)
+                except ValueError as error:
+                    raise ValueError(f"data.{side}_language: {error}") from None
 
 
 @dataclass
