@@ -36,6 +36,7 @@ LengthPenalty = Annotated[float, typer.Option("--length-penalty", help="Exponent
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Lines per batch.")]
 MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Limit of one output.")]
 Prefix = Annotated[str, typer.Option("--prefix", help="Put before every line, e.g. '<2de> '.")]
+MaxLineBytes = Annotated[int, typer.Option("--max-line-bytes", min=0, help="Longest line of a file; 0: no limit.")]
 ModelDir = Annotated[Path, typer.Argument(help="Folder of a trained model (or of one checkpoint).")]
 
 
@@ -168,6 +169,7 @@ def evaluate(
     length_penalty: LengthPenalty = 1.0,
     batch_size: BatchSize = 64,
     max_new_tokens: MaxNewTokens = None,
+    max_line_bytes: MaxLineBytes = 1_000_000,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -179,9 +181,9 @@ def evaluate(
 
         pairs: list[Any]
         if target is None:
-            pairs = list(read_records(source, [source_field, target_field]))
+            pairs = list(read_records(source, [source_field, target_field], max_line_bytes=max_line_bytes or None))
         else:
-            pairs = list(read_parallel(source, target))
+            pairs = list(read_parallel(source, target, max_line_bytes or None))
         with _progress(len(pairs), "translating", quiet) as progress:
             result = run_evaluate(
                 model_dir,
@@ -203,29 +205,29 @@ def evaluate(
 def predict(
     model_dir: ModelDir,
     file: Annotated[
-        Path | None, typer.Argument(help="Text, one input per line (.gz and .xz too); default stdin.")
+        Path | None, typer.Argument(help="Text, one input per line (.gz, .xz and .bz2 too); default stdin.")
     ] = None,
     prefix: Prefix = "",
     num_beams: Beams = 5,
     length_penalty: LengthPenalty = 1.0,
     batch_size: BatchSize = 64,
     max_new_tokens: MaxNewTokens = None,
+    max_line_bytes: MaxLineBytes = 1_000_000,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Translate stdin or a file to stdout: one line out per line in, in order; an empty line stays empty."""
     with _clean_errors(debug):
         _set_up_logging(quiet)
-        from ..training.data_files import open_lines
+        from ..training.data_files import decode_lines, open_lines
         from ..training.run import predict as run_predict
 
-        if file is not None and not file.is_file():
+        if file is not None and not file.exists():
             raise FileNotFoundError(f"no such file: {file}")
-        for stream in (sys.stdin, sys.stdout):
-            reconfigure = getattr(stream, "reconfigure", None)
-            if reconfigure:
-                reconfigure(encoding="utf-8", newline="\n" if stream is sys.stdin else None)
-        lines = open_lines(file) if file is not None else (line.rstrip("\n").removesuffix("\r") for line in sys.stdin)
+        if reconfigure := getattr(sys.stdout, "reconfigure", None):
+            reconfigure(encoding="utf-8")
+        name, limit = file or "standard input", max_line_bytes or None
+        lines = decode_lines(sys.stdin.buffer, name, limit) if file is None else open_lines(file, limit)
         with _progress(None, "translating", quiet) as progress:
             for line in run_predict(
                 model_dir,
@@ -236,6 +238,7 @@ def predict(
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
                 progress=progress,
+                name=name,
             ):
                 sys.stdout.write(f"{line}\n")
         sys.stdout.flush()

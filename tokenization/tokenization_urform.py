@@ -27,6 +27,7 @@ from .subword_training import (
     smallest_vocab,
     train_backend,
 )
+from .text_files import MAX_LINE_BYTES
 
 logger = logging.get_logger(__name__)
 
@@ -86,12 +87,13 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         chat_template: str | None = None,
         model_max_length: int | None = None,
         padding_side: str = "right",
+        max_line_bytes: int | None = MAX_LINE_BYTES,
     ) -> "UrformTokenizer":
         """Trains a tokenizer. The same corpus and arguments give the same tokenizer.json, byte by byte.
 
         Args:
             texts: Strings, or batches (lists) of strings. A `str` is always text, a `pathlib.Path` always a file.
-            files: Paths (`str` or `Path`, one or many) of UTF-8 files, one text per line; `.gz` and `.xz` are
+            files: Paths (`str` or `Path`, one or many) of UTF-8 files, one text per line; `.gz`, `.xz` and `.bz2` are
                 unpacked. With `texts`, both are read.
             vocab_size: Upper bound for `len(tokenizer)`, special tokens included. Reached unless the corpus runs out
                 of pairs that occur `min_frequency` times (of characters, for "char").
@@ -109,10 +111,12 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
                 system, user and assistant.
             model_max_length: Where `truncation=True` cuts.
             padding_side: "right" or "left".
+            max_line_bytes: Longest line of a file that is accepted; None for no limit.
 
         Raises:
             ValueError: Unknown model, normalization or side; odd or repeated languages or special tokens;
-                `vocab_size` too small (the message says which works); empty corpus; an item that is not a string.
+                `vocab_size` too small (the message says which works); empty corpus; an item that is not a string; a
+                file that is not text, damaged, or has a longer line (named, with the line).
             FileNotFoundError: A file does not exist.
         """
         if model not in MODELS:
@@ -138,9 +142,8 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
             )
         if chat_template == "default":
             chat_template = ("{{ bos_token }}" if add_bos else "") + CHAT_TEMPLATE
-        backend = train_backend(
-            Corpus(texts, files), model, vocab_size, tokens, normalizer(normalization, lowercase), min_frequency
-        )
+        corpus = Corpus(texts, files, max_line_bytes)
+        backend = train_backend(corpus, model, vocab_size, tokens, normalizer(normalization, lowercase), min_frequency)
         backend.add_special_tokens([_added(token) for token in tokens])
         return cls(
             tokenizer_object=backend,

@@ -27,6 +27,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
+from ..tokenization.text_files import MAX_LINE_BYTES
 from .languages import normalize_language
 
 __all__ = [
@@ -47,8 +48,8 @@ class DataArguments:
     """Which data, for which task.
 
     Per split give either `<split>_source` and `<split>_target` (two text files, line by line, for seq2seq), or
-    `<split>_file` (TSV, JSON Lines; plain text for the language models), or a `dataset_name`. File names may end in .gz
-    or .xz. Relative names are looked up in `data_dir`, or beside nothing else than the working directory.
+    `<split>_file` (TSV, JSON Lines; plain text for the language models), or a `dataset_name`. File names may end in
+    .gz, .xz or .bz2. Relative names are looked up in `data_dir`, or beside nothing else than the working directory.
     """
 
     task: str = field(default="seq2seq", metadata={"help": f"One of {', '.join(TASKS)}."})
@@ -75,6 +76,9 @@ class DataArguments:
     max_source_length: int | None = field(default=256, metadata={"help": "In tokens, special tokens included."})
     max_target_length: int | None = field(default=256, metadata={"help": "In tokens, special tokens included."})
     over_length: str = field(default="drop", metadata={"help": "Training examples over a limit: drop|truncate|error."})
+    max_line_bytes: int | None = field(
+        default=MAX_LINE_BYTES, metadata={"help": "Longest line of a data file in bytes; null for no limit."}
+    )
     max_train_examples: int | None = field(default=None, metadata={"help": "Use only the first so many."})
     tokens_per_batch: int | None = field(
         default=None,
