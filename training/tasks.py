@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from .data_files import Check, open_lines, read_dataset, read_parallel, read_records, texts
-from .encoding import EncodedDataset, OverLength, encode_pairs, finished, token_ids
+from .encoding import EncodedDataset, OverLength, encode_pairs, finished, kept_as_it_was, token_ids
 from .recipe import DataArguments
 
 __all__ = ["AUTO_CLASSES", "Labels", "build_dataset", "data_collator", "has_split", "read_split"]
@@ -171,7 +171,8 @@ def build_dataset(
             source_prefix=data.source_prefix,
         )
     encode: Callable[..., EncodedDataset] = _encode_words if data.task == "token-classification" else _encode_texts
-    return encode(data, tokenizer, labels, examples, OverLength(policy))
+    with kept_as_it_was(tokenizer):
+        return encode(data, tokenizer, labels, examples, OverLength(policy))
 
 
 def _encode_texts(
