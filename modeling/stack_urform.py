@@ -580,11 +580,13 @@ class UrformEncoder(UrformStack):
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
         """See `UrformModel.forward`; `past_key_values` is a prefix that every token sees (Li & Liang 2021)."""
-        if past_key_values is not None:
-            kwargs.update(past_key_values=past_key_values, cache=past_key_values)
+        cache = given_cache(past_key_values, cache)
+        if cache is not None:
+            kwargs.update(past_key_values=cache, cache=cache)
         states = self._run(input_ids, inputs_embeds, attention_mask, position_ids, token_type_ids, **kwargs)
         return BaseModelOutput(last_hidden_state=states)
 
