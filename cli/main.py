@@ -41,6 +41,7 @@ LengthPenalty = Annotated[float, typer.Option("--length-penalty", help="Exponent
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Lines per batch.")]
 MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Limit of one output.")]
 Prefix = Annotated[str, typer.Option("--prefix", help="Put before every line, e.g. '<2de> '.")]
+MaxLineBytes = Annotated[int, typer.Option("--max-line-bytes", min=0, help="Longest line of a file; 0: no limit.")]
 ModelDir = Annotated[Path, typer.Argument(help="Folder of a trained model (or of one checkpoint).")]
 
 
@@ -253,6 +254,7 @@ def evaluate(
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval tasks of your own.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in front of each lm-eval question.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of each lm-eval task.")] = None,
+    max_line_bytes: MaxLineBytes = 1_000_000,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -282,9 +284,9 @@ def evaluate(
 
         pairs: list[Any]
         if target is None:
-            pairs = list(read_records(source, [source_field, target_field]))
+            pairs = list(read_records(source, [source_field, target_field], max_line_bytes=max_line_bytes or None))
         else:
-            pairs = list(read_parallel(source, target))
+            pairs = list(read_parallel(source, target, max_line_bytes or None))
         with _progress(len(pairs), "translating", quiet) as progress:
             result = run_evaluate(
                 model_dir,
@@ -307,7 +309,7 @@ def predict(
     model_dir: ModelDir,
     file: Annotated[
         Path | None,
-        typer.Argument(help="Text, one input per line, or .tsv or .jsonl (.gz and .xz too); default stdin."),
+        typer.Argument(help="Text, one input per line, or .tsv or .jsonl (.gz, .xz and .bz2 too); default stdin."),
     ] = None,
     source_field: Annotated[str, typer.Option(help="Column of a .tsv or field of a .jsonl that is the source.")] = "0",
     prefix: Prefix = "",
@@ -315,6 +317,7 @@ def predict(
     length_penalty: LengthPenalty = 1.0,
     batch_size: BatchSize = 64,
     max_new_tokens: MaxNewTokens = None,
+    max_line_bytes: MaxLineBytes = 1_000_000,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -323,15 +326,14 @@ def predict(
         _need_model(model_dir)
         _need_files(file)
         _set_up_logging(quiet)
-        from ..training.data_files import open_sources
+        from ..training.data_files import decode_lines, open_sources
         from ..training.run import predict as run_predict
 
-        for stream in (sys.stdin, sys.stdout):
-            reconfigure = getattr(stream, "reconfigure", None)
-            if reconfigure:
-                reconfigure(encoding="utf-8", newline="\n" if stream is sys.stdin else None)
-        typed = (line.rstrip("\n").removesuffix("\r") for line in sys.stdin)
-        lines = typed if file is None else open_sources(file, source_field)
+        if reconfigure := getattr(sys.stdout, "reconfigure", None):
+            reconfigure(encoding="utf-8")
+        name, limit = file or "standard input", max_line_bytes or None
+        typed = decode_lines(sys.stdin.buffer, "standard input", limit)
+        lines = typed if file is None else open_sources(file, source_field, limit)
         with _progress(None, "translating", quiet) as progress:
             for line in run_predict(
                 model_dir,
@@ -342,6 +344,7 @@ def predict(
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
                 progress=progress,
+                name=name,
             ):
                 _put(line)
 

@@ -11,21 +11,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .checks_urform import check_object
+
 INDEX_NAME = "model.safetensors.index.json"
 # Folders inside a checkpoint's folder of which files are read, too.
 _READ_FOLDERS = ("additional_chat_templates", "checkpoint-*")
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return a JSON object from a file; ValueError with the file's name if it is none."""
+    """Return a JSON object from a file; ValueError with the file's name if it is none, or nested too deeply."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}); save the checkpoint again.") from error
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply to be read as JSON; save the checkpoint again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; save the checkpoint again.")
+    check_object(value, str(path))
     return value
 
 

@@ -4,11 +4,8 @@
 A function checks one kind of field and raises a ValueError with the field, its value and what to do.
 """
 
-import json
 import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,20 +46,6 @@ _ROPE_POSITIVE = (
     "rope_theta factor attention_factor original_max_position_embeddings low_freq_factor high_freq_factor "
     "beta_fast beta_slow"
 ).split()
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        ValueError: The file is no JSON, no object, or nested so deeply that Python cannot follow.
-    """
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({type(error).__name__}: {error}); repair it") from error
-    check_object(found, str(path))
-    return found
 
 
 def check_object(value: Any, where: str) -> None:

@@ -434,6 +434,10 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     def from_preset(cls, name: str, **overrides: Any) -> "UrformConfig":
         """A named Transformer from the table in `presets_urform.py`, with fields overridden.
 
+        What is derived from an overridden field follows it: T5's `logit_scale` its `hidden_size`, RoBERTa's
+        `position_offset` its `pad_token_id`, a pattern of `layer_types` the number of layers. A special token beyond
+        the end of an overridden `vocab_size` keeps its distance from the end; it is None where there is no such token.
+
         Args:
             name: One of `list_presets()`.
             **overrides: Any field of `UrformConfig`.
@@ -447,7 +451,8 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
                 f"preset {name!r} is unknown{f'; did you mean {near[0]!r}?' if near else ''} "
                 f"There are: {', '.join(sorted(PRESETS))}"
             )
-        return cls(**{**copy.deepcopy(PRESETS[name].fields), **overrides})
+        named = {cls.attribute_map.get(key, key): value for key, value in overrides.items()}
+        return cls(**PRESETS[name].resolved(**named))
 
     @staticmethod
     def _need(condition: bool, message: str) -> None:

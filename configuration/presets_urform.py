@@ -1,14 +1,44 @@
 # Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
 """Named Transformers as data: name -> the fields that differ from `UrformConfig`'s defaults, and their source."""
 
+import copy
 from typing import Any, NamedTuple
+
+_TOKEN_IDS = {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"}
 
 
 class Preset(NamedTuple):
-    """One named Transformer."""
+    """One named Transformer. A function among the fields makes its value of the others: what it derives from."""
 
     source: str
     fields: dict[str, Any]
+
+    def resolved(self, **overrides: Any) -> dict[str, Any]:
+        """Return the fields with `overrides`; what is derived from an overridden field follows it."""
+        fields = {**copy.deepcopy(self.fields), **overrides}
+        vocab_size = fields.get("vocab_size")
+        if "vocab_size" in self.fields and isinstance(vocab_size, int):
+            for name in _TOKEN_IDS - overrides.keys():
+                value = fields.get(name)
+                if isinstance(value, int) and value >= vocab_size:
+                    moved = value - int(self.fields["vocab_size"]) + vocab_size
+                    fields[name] = moved if moved >= 0 else None
+        for name, value in fields.items():
+            if callable(value):
+                fields[name] = value(fields)
+        return fields
+
+
+def _behind_pad(fields: dict[str, Any]) -> int:
+    """Fairseq's texts begin behind the pad token's row of the table."""
+    return 0 if fields["pad_token_id"] is None else fields["pad_token_id"] + 1
+
+
+def _every(period: int, place: int, other: str) -> Any:
+    """`layer_types` in which the layer at `place` of every `period` has full attention and the others have `other`."""
+    return lambda fields: [
+        "full_attention" if i % period == place else other for i in range(fields["num_hidden_layers"])
+    ]
 
 
 _VASWANI: dict[str, Any] = {
@@ -41,7 +71,7 @@ _BERT: dict[str, Any] = {
 _ROBERTA: dict[str, Any] = {
     **_BERT,
     "position_counting": "tokens",
-    "position_offset": 2,
+    "position_offset": _behind_pad,
     "type_vocab_size": 1,
     "lm_head_activation": "gelu",
     "pad_token_id": 1,
@@ -96,6 +126,7 @@ _LARGE: dict[str, Any] = {
 
 _BART: dict[str, Any] = {
     **_PAIR,
+    "source_fields": {"normalize_before": False, "normalize_embedding": True},  # as published, read by CTranslate2
     "position_encoding": "learned",
     "position_offset": 2,
     "position_counting": "columns",
@@ -111,11 +142,22 @@ _M2M_100: dict[str, Any] = {
     "final_norm": True,
     "position_encoding": "sinusoidal",
     "sinusoidal_layout": "tensor2tensor",
-    "position_offset": 2,
+    "position_offset": _behind_pad,
     "position_counting": "tokens",
     "scale_embedding": True,
     "attention_dropout": 0.1,
 }
+
+
+def _t5_scale(fields: dict[str, Any]) -> float:
+    """T5 v1.0 scales its logits."""
+    return float(fields["hidden_size"] ** -0.5)
+
+
+def _four_times(fields: dict[str, Any]) -> int:
+    """The feed-forward layer of GPT-2 and BLOOM, which their configs do not name."""
+    return 4 * int(fields["hidden_size"])
+
 
 _T5: dict[str, Any] = {
     **_PAIR,
@@ -180,7 +222,8 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "nn-transformer": Preset(
-        "torch.nn.Transformer's defaults with learned positions and an output layer (founding text 1)",
+        "torch.nn.Transformer with PyTorch's defaults (Vaswani et al. 2017, and a final norm), learned positions and "
+        "an output layer, as tutorials build a translator with it",
         {
             "architecture": "encoder-decoder",
             "norm_position": "post",
@@ -195,8 +238,8 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "keras-block": Preset(
-        "the Keras TransformerBlock encoder: sinusoidal positions, post-norm, eps 1e-6, sqrt(d_model) scaling "
-        "(founding text 2)",
+        "the encoder of Keras' TransformerBlock tutorials (Vaswani et al. 2017): sinusoidal positions, post-norm with "
+        "eps 1e-6, embeddings times sqrt(d_model)",
         {
             "architecture": "encoder",
             "hidden_act": "relu",
@@ -261,7 +304,7 @@ PRESETS: dict[str, Preset] = {
             "embedding_norm": True,
             "max_position_embeddings": 8192,
             "sliding_window": 64,
-            "layer_types": (["full_attention", *["sliding_attention"] * 2] * 8)[:22],
+            "layer_types": _every(3, 0, "sliding_attention"),
             "rope_parameters": {
                 "full_attention": {"rope_type": "default", "rope_theta": 160000.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -291,7 +334,7 @@ PRESETS: dict[str, Preset] = {
             "hidden_size": 768,
             "num_hidden_layers": 12,
             "num_attention_heads": 12,
-            "intermediate_size": 3072,
+            "intermediate_size": _four_times,
             "hidden_act": "gelu_new",
             "position_encoding": "learned",
             "position_counting": "columns",
@@ -327,7 +370,6 @@ PRESETS: dict[str, Preset] = {
             "num_hidden_layers": 16,
             "num_attention_heads": 32,
             "num_key_value_heads": 8,
-            "head_dim": 64,
             "intermediate_size": 8192,
             "max_position_embeddings": 131072,
             "bos_token_id": 128000,
@@ -355,7 +397,10 @@ PRESETS: dict[str, Preset] = {
             "intermediate_size": 14336,
             "max_position_embeddings": 32768,
             "sliding_window": 4096,
-            "layer_types": ["sliding_attention"] * 32,
+            "layer_types": lambda fields: (
+                ["full_attention" if fields["sliding_window"] is None else "sliding_attention"]
+                * fields["num_hidden_layers"]
+            ),
             "tie_word_embeddings": False,
         },
     ),
@@ -414,7 +459,7 @@ PRESETS: dict[str, Preset] = {
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
             "sliding_window": 4096,
-            "layer_types": ["sliding_attention", "full_attention"] * 13,
+            "layer_types": _every(2, 1, "sliding_attention"),
         },
     ),
     "gemma3-1b": Preset(
@@ -431,7 +476,7 @@ PRESETS: dict[str, Preset] = {
             "max_position_embeddings": 32768,
             "qk_norm": True,
             "sliding_window": 512,
-            "layer_types": ([*["sliding_attention"] * 5, "full_attention"] * 5)[:26],
+            "layer_types": _every(6, 5, "sliding_attention"),
             "rope_parameters": {
                 "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -469,7 +514,7 @@ PRESETS: dict[str, Preset] = {
             "hidden_size": 1024,
             "num_hidden_layers": 24,
             "num_attention_heads": 16,
-            "intermediate_size": 4096,
+            "intermediate_size": _four_times,
             "hidden_act": "gelu_pytorch_tanh",
             "position_encoding": "alibi",
             "embedding_norm": True,
@@ -531,6 +576,7 @@ PRESETS: dict[str, Preset] = {
         {
             **_BART,
             **_LARGE,
+            "source_fields": {"normalize_before": True, "normalize_embedding": True},
             "source_family": "mbart",
             "vocab_size": 250054,
             "final_norm": True,
@@ -562,12 +608,12 @@ PRESETS: dict[str, Preset] = {
             "lm_head_bias": True,
             "pad_token_id": 58100,
             "eos_token_id": 0,
-            "decoder_start_token_id": 58100,
+            "decoder_start_token_id": lambda fields: fields["pad_token_id"],
         },
     ),
     "t5-small": Preset(
         "Raffel et al. 2020, T5 v1.0 small (arXiv:1910.10683)",
-        {**_T5, "hidden_act": "relu", "logit_scale": 512**-0.5},
+        {**_T5, "hidden_act": "relu", "hidden_size": 512, "logit_scale": _t5_scale},
     ),
     "t5-base": Preset(
         "Raffel et al. 2020, T5 v1.0 base (arXiv:1910.10683)",
@@ -578,7 +624,7 @@ PRESETS: dict[str, Preset] = {
             "num_attention_heads": 12,
             "intermediate_size": 3072,
             "hidden_act": "relu",
-            "logit_scale": 768**-0.5,
+            "logit_scale": _t5_scale,
         },
     ),
     "flan-t5-base": Preset(

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..configuration.checkpoint_files import INDEX_NAME, read_weight_map, refuse_link
-from ..configuration.checks_urform import LARGEST, check_architectures, read_json
+from ..configuration.checkpoint_files import INDEX_NAME, read_json, read_weight_map, refuse_link
+from ..configuration.checks_urform import LARGEST, check_architectures
 from ..configuration.configuration_urform import UrformConfig
 from ..publishing.checkpoint_source import need_source
 from .convert import Conversion, assemble, our_class, prepare_from, prepare_to, stock_class

@@ -110,8 +110,9 @@ def what_matters(config: UrformConfig, ours: str) -> dict[str, Any]:
     )
     pools = ours in ("UrformForSequenceClassification", "UrformForMultipleChoice")
     dense = classifies and config.classifier_activation is not None and (pools or config.token_classifier_dense)
-    positions = config.position_encoding
-    absolute = positions in ("learned", "sinusoidal")
+    positions, counting, layout = config.position_encoding, config.position_counting, config.sinusoidal_layout
+    waves = positions == "sinusoidal"
+    absolute = waves or positions == "learned"
     scaled = positions == "rope" and any(p["rope_type"] != "default" for p in _rope(config).values())
     sliding = "sliding_attention" in {*config.layer_types, *(config.decoder_layer_types or ())}
     spelled = {
@@ -123,6 +124,8 @@ def what_matters(config: UrformConfig, ours: str) -> dict[str, Any]:
         "classifier_pooling": lambda: config.classifier_pooling or ("first" if encodes else "last"),
         "lm_head_activation": lambda: config.lm_head_activation or config.hidden_act,
         "rope_parameters": lambda: _rope(config) if positions == "rope" else None,
+        "sinusoidal_layout": lambda: "halves" if language and layout == "interleaved" else layout,
+        "position_counting": lambda: "columns" if waves and pairs and counting == "mask" else counting,
         "pad_token_id": lambda: config.pad_token_id if pools or pairs or config.position_counting == "tokens" else None,
     }
     applies = {
@@ -137,7 +140,7 @@ def what_matters(config: UrformConfig, ours: str) -> dict[str, Any]:
         "token_classifier_dense": classifies and not pools,
         "max_position_embeddings": positions == "learned" or scaled,
         **dict.fromkeys(("position_offset", "position_counting"), absolute),
-        "sinusoidal_layout": positions == "sinusoidal",
+        "sinusoidal_layout": waves,
         **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), positions == "t5"),
         "rope_parameters": positions == "rope",
         "rope_length": positions == "rope" and any(p["rope_type"] in LENGTH_ROPES for p in _rope(config).values()),
@@ -226,6 +229,8 @@ def urform_config(
     kept: dict[str, Any] = {}
     try:
         config = _with_extras(family, head, fields, extras)
+        if "source_family" not in extras:
+            config.source_family = family.model_type
         back = _public(_build(family, family.to_stock(config, head)))
     except _INVALID as error:
         raise ValueError(_refusal(f"a {type(stock).__name__}", "Urform", obstacles, error)) from error
@@ -256,7 +261,7 @@ def urform_config(
     if "source_family" not in extras:
         if head is not find_head(family, ours=head.ours):  # two classes there are one here
             kept["architectures"] = [head.stock]
-        config.source_family, config.source_fields = family.model_type, kept or None
+        config.source_fields = kept or None
     return config
 
 
@@ -311,6 +316,12 @@ def stock_config(config: UrformConfig, family: Family, head: Head) -> PreTrained
     }
     if obstacles:
         raise ValueError(_refusal("this UrformConfig", family.model_type, obstacles))
+    if want.get("position_counting") == "columns" and config.position_counting == "mask":
+        warnings.warn(
+            f"{family.model_type} counts padding as positions: rows padded on the right give the same, rows padded on "
+            "the left do not; pad on the right",
+            stacklevel=3,
+        )
     if config.source_family == family.model_type and config.source_fields:
         again = _build(family, {**fields, **copy.deepcopy(config.source_fields)})
         if _means(again, head, family, have):

@@ -31,6 +31,14 @@ _ALL_OR_NONE = Axis(
     lambda stock: {},
     lambda config: {"tie_word_embeddings": config.share_embeddings and config.tie_word_embeddings},
 )
+
+
+def _normalizes(family: str, *, before: bool, embedding: bool) -> Axis:
+    """Two fields that the published configs of a family have, and CTranslate2 reads; transformers does not."""
+    fields = {"normalize_before": before, "normalize_embedding": embedding}
+    return Axis(lambda stock: {}, lambda config: {} if config.source_family == family else fields)
+
+
 _CLASSIFIER = modules("classification_head.", "classifier.", {"dense": "transform.dense", "out_proj": "out_proj"})
 _QA = modules("", "", {"qa_outputs": "qa_outputs"})
 _PAIR: dict[str, Any] = {"architecture": "encoder-decoder", "classifier_pooling": "last"}
@@ -120,7 +128,7 @@ BART = Family(
     weights=_BART_WEIGHTS,
     fixed={**_BART, "norm_position": "post", "final_norm": False},
     fields=_BART_FIELDS,
-    axes=(_SHARED_OR_NOT, _CLASSIFIER_DROPOUT, _NOTHING_FORCED),
+    axes=(_SHARED_OR_NOT, _CLASSIFIER_DROPOUT, _NOTHING_FORCED, _normalizes("bart", before=False, embedding=True)),
     training_only=_LAYERDROP,
     ignored=_IGNORED,
     held_by_weights=("lm_head_bias",),
@@ -133,7 +141,7 @@ MBART = Family(
     weights=_BART_WEIGHTS,
     fixed={**_BART, "norm_position": "pre", "final_norm": True, "decoder_start_from_labels": True},
     fields=_BART_FIELDS,
-    axes=(_SHARED_OR_NOT, _CLASSIFIER_DROPOUT, _NOTHING_FORCED),
+    axes=(_SHARED_OR_NOT, _CLASSIFIER_DROPOUT, _NOTHING_FORCED, _normalizes("mbart", before=True, embedding=True)),
     training_only=_LAYERDROP,
     ignored=_IGNORED,
     held_by_weights=("lm_head_bias",),
@@ -168,10 +176,20 @@ M2M_100 = Family(
 )
 
 
-def _marian_waves(shape: torch.Size) -> Tensor:
-    """Marian's sinusoids, a table in the model that no checkpoint has."""
+def _waves(shape: torch.Size) -> Tensor:
+    """The sinusoids of Marian and Pegasus, a table in the model, which a checkpoint may lack."""
     return MarianSinusoidalPositionalEmbedding(*shape).create_weight()
 
+
+# Our interleaved sinusoids are these, with the features of the whole model in another order (`Family.reorders`).
+_HALVES = {
+    **_PAIR,
+    "position_encoding": "sinusoidal",
+    "sinusoidal_layout": "halves",
+    "position_counting": "columns",
+    "lm_head_bias": True,
+}
+_WAVES = tuple(Rule(f"{side}.embed_positions.weight", (), fill=_waves) for side in ("encoder", "decoder"))
 
 MARIAN = Family(
     "marian",
@@ -180,19 +198,8 @@ MARIAN = Family(
         Head("UrformModel", "MarianModel"),
         Head("UrformForConditionalGeneration", "MarianMTModel", (_LM_HEAD, _LOGITS_BIAS)),
     ),
-    weights=(
-        *_BART_WEIGHTS,
-        *(Rule(f"{side}.embed_positions.weight", (), fill=_marian_waves) for side in ("encoder", "decoder")),
-    ),
-    fixed={
-        **_PAIR,
-        "norm_position": "post",
-        "final_norm": False,
-        "position_encoding": "sinusoidal",
-        "sinusoidal_layout": "halves",
-        "position_counting": "columns",
-        "lm_head_bias": True,
-    },
+    weights=(*_BART_WEIGHTS, *_WAVES),
+    fixed={**_HALVES, "norm_position": "post", "final_norm": False},
     fields=_BART_FIELDS,
     axes=(
         Axis(  # the flag makes the table that all would be tied to, `tie_word_embeddings` ties them
@@ -203,6 +210,31 @@ MARIAN = Family(
     ),
     training_only=_LAYERDROP,
     ignored=(*_IGNORED, "share_encoder_decoder_embeddings"),
+    held_by_weights=("lm_head_bias",),
+)
+
+PEGASUS = Family(
+    "pegasus",
+    "PegasusConfig",
+    heads=(
+        Head("UrformModel", "PegasusModel"),
+        Head(
+            "UrformForConditionalGeneration",
+            "PegasusForConditionalGeneration",
+            (_LM_HEAD, _LOGITS_BIAS),
+            axes=(_ALL_OR_NONE,),
+        ),
+    ),
+    weights=(*_BART_WEIGHTS, *_WAVES),
+    fixed={**_HALVES, "norm_position": "pre", "final_norm": True},
+    fields=_BART_FIELDS,
+    axes=(
+        _SHARED_OR_NOT,
+        _NOTHING_FORCED,
+        _normalizes("pegasus", before=True, embedding=False),
+    ),
+    training_only=_LAYERDROP,
+    ignored=(*_IGNORED, "is_decoder"),
     held_by_weights=("lm_head_bias",),
 )
 
@@ -322,4 +354,4 @@ T5 = Family(
 
 MT5 = Family("mt5", "MT5Config", heads=_t5_heads("MT5"), weights=_T5_WEIGHTS, axes=_T5_AXES, **_T5)
 
-ENCODER_DECODERS = (BART, MBART, M2M_100, MARIAN, T5, MT5)
+ENCODER_DECODERS = (BART, MBART, M2M_100, MARIAN, PEGASUS, T5, MT5)

@@ -211,6 +211,15 @@ class Family:
     idle: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     held_by_weights: tuple[str, ...] = ()
 
+    def reorders(self, config: UrformConfig) -> bool:
+        """Whether its sinusoids are ours (Vaswani et al. 2017) but for the order of the features.
+
+        Sines and cosines alternate here and stand in two halves there. A Transformer does not care in which order the
+        features of its residual stream are, if all that read and write it agree: the conversion changes the order. So
+        logits are the same, and hidden states in another order: a backbone without its output layer is refused.
+        """
+        return (self.fixed.get("sinusoidal_layout"), config.sinusoidal_layout) == ("halves", "interleaved")
+
     def to_urform(self, stock: Any, head: Head) -> dict[str, Any]:
         """The fields of our config for a stock config, unchecked."""
         fields: dict[str, Any] = dict.fromkeys(("hidden_dropout_prob", "attention_dropout", "activation_dropout"), 0.0)

@@ -5,7 +5,7 @@ A tensor without a rule, and a rule without its tensor, is an error.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..configuration.configuration_urform import UrformConfig
-from .family import COPY, TWICE, Family, Fill, Head, Shapes, Tensors
+from .family import COPY, TWICE, Family, Fill, Head, Op, Shapes, Tensors
 
 SOURCE_WEIGHTS = "source_weights."  # the module of ours that holds what is only kept
 
@@ -113,6 +113,8 @@ def plan(
     for rule, theirs, own in _instances(family, head, config, stock, ours):
         if rule.op is TWICE and theirs[1] in kept:
             rule, theirs = replace(rule, op=COPY), theirs[:1]
+        if family.reorders(config):
+            rule = replace(rule, op=_reordered(rule.op, own))
         here = all(name in ours.shapes for name in own)
         if not all(name in stock.shapes for name in theirs) or not (here or rule.fill is not None):
             continue
@@ -136,6 +138,34 @@ def plan(
             f"{sorted(left_ours)} of {head.ours}"
         )
     return steps
+
+
+_FEATURES = (  # which axis of our tensors is the residual stream's
+    (re.compile(r"(embed_tokens|lm_head|[qkv]_proj|up_proj|gate_proj)\.weight"), 1),
+    (re.compile(r"(o_proj|down_proj|norm)\.(weight|bias)"), 0),
+)
+
+
+def _reordered(op: Op, names: Sequence[str]) -> Op:
+    """The same between tensors of ours (`names`) of alternating features and stock ones of features in halves."""
+    axes = [next((axis for name, axis in _FEATURES if name.search(own)), None) for own in names]
+
+    def halve(tensors: Tensors, shapes: Shapes, config: UrformConfig) -> Tensors:
+        order = torch.arange(config.hidden_size).reshape(-1, 2).T.flatten()
+        return op.to_stock(_select(tensors, axes, order), shapes, config)
+
+    def alternate(tensors: Tensors, shapes: Shapes, config: UrformConfig) -> Tensors:
+        order = torch.arange(config.hidden_size).reshape(2, -1).T.flatten()
+        return _select(op.to_ours(tensors, shapes, config), axes, order)
+
+    return Op(alternate, halve)
+
+
+def _select(tensors: Tensors, axes: Sequence[int | None], order: Tensor) -> Tensors:
+    return [
+        tensor if axis is None else tensor.index_select(axis, order.to(tensor.device))
+        for tensor, axis in zip(tensors, axes, strict=True)
+    ]
 
 
 def run_step(step: Step, read: Callable[[str], Tensor], config: UrformConfig) -> Iterator[tuple[str, Tensor]]:

@@ -150,10 +150,13 @@ class UrformRotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Integer positions `[B, L]` to cosines and sines `[B, L, rotated]`, in the dtype of `x`.
 
-        `lengths` `[B, L]` are those of each token's sequence, where the frequencies depend on them.
+        `lengths` `[B, L]` are those of each token's sequence, on which frequencies may depend; None: a row is one.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
-        frequencies = self.inv_freq if lengths is None else self._of_length(lengths)
+        frequencies = self.inv_freq
+        if self.depends_on_length:
+            rows = (position_ids.amax(-1, keepdim=True) + 1).expand_as(position_ids)
+            frequencies = self._of_length(rows if lengths is None else lengths)
         angle = position_ids[..., None].to(wide) * frequencies.to(x.device, wide)
         angle = torch.cat((angle, angle), dim=-1)
         return (angle.cos() * self.attention_scaling).to(x.dtype), (angle.sin() * self.attention_scaling).to(x.dtype)

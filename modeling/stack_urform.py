@@ -430,10 +430,7 @@ class UrformStack(UrformPreTrainedModel):
 
         rotary = self.rotary_emb.items() if self.rotary_emb is not None else ()
         lengths = self._rope_lengths(position_ids, documents if packing is None else packing.layout.sequences[None])
-        angles = {
-            kind: turns(*module(hidden_states, position_ids, lengths if module.depends_on_length else None))
-            for kind, module in rotary
-        }
+        angles = {kind: turns(*module(hidden_states, position_ids, lengths)) for kind, module in rotary}
         encoder_hidden_states = None if cross is None else cross[0]
         masks: dict[str, Any] = {}
         biases: dict[str, Any] = {}

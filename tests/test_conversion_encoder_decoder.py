@@ -21,6 +21,7 @@ GENERATORS = {
     "mbart": "MBartForConditionalGeneration",
     "m2m_100": "M2M100ForConditionalGeneration",
     "marian": "MarianMTModel",
+    "pegasus": "PegasusForConditionalGeneration",
     "t5": "T5ForConditionalGeneration",
     "mt5": "MT5ForConditionalGeneration",
 }
@@ -273,7 +274,7 @@ def test_a_config_that_cannot_be_expressed_is_refused(stock: str, fields: dict[s
         hf.SwitchTransformersConfig(num_layers=1, num_decoder_layers=1),
         hf.NllbMoeConfig(),
         hf.UMT5Config(),
-        hf.PegasusConfig(),
+        hf.BlenderbotConfig(),
     ],
 )
 def test_mixtures_of_experts_and_strangers_are_refused_by_name(config: Any) -> None:
@@ -346,13 +347,20 @@ CONFIGS = {
         {**WAVES, "sinusoidal_layout": "halves", "position_counting": "columns", "norm_position": "post"}
         | {"share_embeddings": False, "lm_head_bias": True},
     ),
+    "marian, interleaved": ("marian", {**WAVES, "position_counting": "columns", "norm_position": "post"}),
+    "pegasus": (
+        "pegasus",
+        {**WAVES, "sinusoidal_layout": "halves", "position_counting": "columns", "share_embeddings": False}
+        | {"tie_word_embeddings": False},
+    ),
+    "pegasus, interleaved": ("pegasus", {**WAVES, "position_counting": "columns", "lm_head_bias": True}),
     "t5": ("t5", {**T5, "hidden_act": "gelu_new", "gated_mlp": True, "activation_dropout": 0.3}),
     "t5, own output": ("t5", {**T5, "hidden_act": "relu", "tie_word_embeddings": False, "logit_scale": 1.0}),
     "mt5": ("mt5", {**T5, "hidden_act": "silu", "gated_mlp": True, "logit_scale": 1.0, "tie_word_embeddings": False}),
 }
 
 
-WITHOUT_CLASSIFIERS = ("marian", "m2m_100")
+WITHOUT_CLASSIFIERS = ("marian", "m2m_100", "pegasus")
 LANGUAGE, CLASSIFIERS = ("Model", "ForConditionalGeneration"), ("ForSequenceClassification", "ForQuestionAnswering")
 
 
@@ -361,7 +369,10 @@ LANGUAGE, CLASSIFIERS = ("Model", "ForConditionalGeneration"), ("ForSequenceClas
     [
         (name, head)
         for name in CONFIGS
-        for head in (*LANGUAGE, *(() if CONFIGS[name][0] in WITHOUT_CLASSIFIERS else CLASSIFIERS))
+        for head in (
+            *LANGUAGE["interleaved" in name :],
+            *(() if CONFIGS[name][0] in WITHOUT_CLASSIFIERS else CLASSIFIERS),
+        )
     ],
 )
 def test_a_model_of_urform_survives_the_way_there_and_back(name: str, head: str) -> None:

@@ -67,3 +67,46 @@ def test_trainer_pushes_what_loads_without_urform(world: SimpleNamespace, traine
         assert "last-checkpoint/trainer_state.json" in paths
         inside = load.replace("trust_remote_code=True", "trust_remote_code=True, subfolder='last-checkpoint'")
         assert last_line(world.bare.run(inside).ok())[1] == out
+
+
+RECIPE = """
+from pathlib import Path
+from urform.training.run import train
+Path("corpus").mkdir()
+for side in ("src", "tgt"):
+    Path("corpus", f"train.{{side}}").write_text("".join(f"one two {{n}}\\n" for n in range(40)))
+Path("out").mkdir()
+Path("out", "stray.txt").write_text("mine")
+Path("out", "notes.safetensors").write_text("mine")
+size = "{{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 16}}"
+result = train("translation", [
+    "train_source=corpus/train.src", "train_target=corpus/train.tgt", "target_language=en", "max_steps=4",
+    "save_steps=1", "save_total_limit=2", "average_last=2", "eval_strategy=no", f"model.config={{size}}",
+    "vocab_size=300",
+    "tokens_per_batch=400", "use_cpu=true", "disable_tqdm=true", "warmup_steps=0", "bf16=false", "hub_always_push=true",
+    "push_to_hub=true", "hub_model_id={repo}", "hub_strategy={strategy}", "hub_token={token}",
+], output_dir="out")
+report = urform.check_bundle({repo!r})
+assert report.ok, report.to_text()
+from safetensors.torch import load_file
+states = [load_file(f"out/checkpoint-{{n}}/model.safetensors") for n in (3, 4)]
+mean = {{name: (states[0][name] + states[1][name]) / 2 for name in states[0]}}
+published = urform.UrformForConditionalGeneration.from_pretrained({repo!r}).state_dict()
+assert all(torch.equal(published[name], tensor) for name, tensor in mean.items())
+assert not list(Path("out").glob(".*"))
+"""
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_a_recipe_pushes_its_average_and_nothing_else(world: SimpleNamespace, strategy: str):
+    """No token, no staging folder, no stray file, in any commit; at the end the averaged model, with its stamp."""
+    repo = f"me/recipe-{strategy.replace('_', '-')}"
+    world.push(RECIPE.format(repo=repo, strategy=strategy, token=TOKEN), token="").ok()
+    ever = {name for commit in world.hub.repos[repo].commits.values() for name in commit.files} - {".gitattributes"}
+    assert ever >= {"model.safetensors", "recipe.yaml", "README.md", "tokenizer.json", "urform_bundle.json"}
+    assert not [name for name in ever if name.startswith((".", "stray", "notes", "tokenizer/", "run_record"))]
+    assert not [name for name in ever if name.startswith("checkpoint-")]
+    assert ("last-checkpoint/checkpoint_manifest.json" in ever) == (strategy == "checkpoint")
+    recipe = world.hub.read(repo, "recipe.yaml").decode()
+    assert TOKEN not in recipe and recipe.startswith("# left out, as they are secrets: training.hub_token\n")
+    assert world.hub.history(repo)[0] == "End of training"

@@ -1,10 +1,14 @@
 """Presets against what is published: the stock config of that size, converted, and the number of parameters."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from conversion_cases import close, config_of, padded, same_state, shake
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import urform
 from urform import UrformConfig, list_presets
@@ -247,3 +251,131 @@ def test_presets_have_the_published_number_of_parameters(name: str) -> None:
 def test_every_preset_of_a_family_is_held_to_its_publication() -> None:
     of_families = {name for name in list_presets() if UrformConfig.from_preset(name).source_family is not None}
     assert of_families == STOCK.keys() and of_families <= PUBLISHED.keys()
+
+
+# What is overridden here and there, and the fields of ours that derive from it.
+OVERRIDDEN: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
+    ("t5-small", {"hidden_size": 256}, {"d_model": 256}, ("logit_scale",)),
+    ("t5-small", {"d_model": 64}, {"d_model": 64}, ("logit_scale", "hidden_size")),
+    ("t5-base", {"hidden_size": 64}, {"d_model": 64}, ("logit_scale",)),
+    ("flan-t5-base", {"hidden_size": 64}, {"d_model": 64}, ("logit_scale",)),
+    ("mt5-small", {"hidden_size": 64}, {"d_model": 64}, ("logit_scale",)),
+    ("m2m100-418m", {"pad_token_id": 0}, {"pad_token_id": 0}, ("position_offset",)),
+    ("nllb-200-distilled-600m", {"pad_token_id": 5}, {"pad_token_id": 5}, ("position_offset",)),
+    ("roberta-base", {"pad_token_id": 3}, {"pad_token_id": 3, "max_position_embeddings": 516}, ("position_offset",)),
+    ("xlm-roberta-base", {"pad_token_id": 0}, {"pad_token_id": 0, "max_position_embeddings": 513},
+     ("position_offset",)),
+    ("gpt2", {"hidden_size": 96}, {"n_embd": 96}, ("intermediate_size", "head_dim")),
+    ("bloom-560m", {"hidden_size": 64}, {"hidden_size": 64}, ("intermediate_size", "head_dim")),
+    ("llama-3.2-1b", {"hidden_size": 1024}, {"hidden_size": 1024, "head_dim": None}, ("head_dim",)),
+    ("mistral-7b", {"num_hidden_layers": 3}, {"num_hidden_layers": 3}, ("layer_types",)),
+    ("mistral-7b", {"sliding_window": None}, {"sliding_window": None}, ("layer_types",)),
+    ("gemma2-2b", {"num_hidden_layers": 5}, {"num_hidden_layers": 5}, ("layer_types",)),
+    ("gemma3-1b", {"num_hidden_layers": 13}, {"num_hidden_layers": 13, "layer_types": None}, ("layer_types",)),
+    ("modernbert-base", {"num_hidden_layers": 7}, {"num_hidden_layers": 7}, ("layer_types",)),
+    ("opus-mt-en-de", {"vocab_size": 320}, {"vocab_size": 320, "pad_token_id": 319, "decoder_start_token_id": 319},
+     ("pad_token_id", "decoder_start_token_id")),
+    ("gpt2", {"vocab_size": 320}, {"vocab_size": 320, "bos_token_id": 319, "eos_token_id": 319}, ("eos_token_id",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "ours", "theirs", "derived"), OVERRIDDEN)
+def test_derived_fields_follow_what_they_derive_from(
+    name: str, ours: dict[str, Any], theirs: dict[str, Any], derived: tuple[str, ...]
+) -> None:
+    """As the stock config of the same override says, and so the preset can still leave to its family."""
+    have = UrformConfig.from_preset(name, **ours)
+    model_class, fields = STOCK[name]
+    want = urform_config(getattr(hf, model_class).config_class(**{**fields, **theirs}))
+    for field in derived:
+        assert getattr(have, field) == getattr(want, field), field
+    ours_class = {"encoder": "UrformForMaskedLM", "decoder": "UrformForCausalLM"}
+    choose_family(have, ours_class.get(have.architecture, "UrformForConditionalGeneration"))
+
+
+@pytest.mark.parametrize("name", [name for name in list_presets() if UrformConfig.from_preset(name).source_family])
+def test_a_shrunken_preset_can_leave(name: str) -> None:
+    """Fewer layers and tokens, another pad token: it still is one of its family."""
+    config = UrformConfig.from_preset(name, num_hidden_layers=2, vocab_size=320)
+    ours_class = {"encoder": "UrformForMaskedLM", "decoder": "UrformForCausalLM"}
+    family, _, _ = choose_family(config, ours_class.get(config.architecture, "UrformForConditionalGeneration"))
+    assert family.model_type == config.source_family
+
+
+WAVES = {"position_encoding": "sinusoidal", "hidden_act": "relu", "scale_embedding": True}
+
+
+def test_what_is_given_is_not_derived() -> None:
+    assert UrformConfig.from_preset("t5-small", hidden_size=256, logit_scale=0.5).logit_scale == 0.5
+    assert UrformConfig.from_preset("m2m100-418m", pad_token_id=0, position_offset=7).position_offset == 7
+    with pytest.raises(ValueError, match="pad_token_id=400"):
+        UrformConfig.from_preset("opus-mt-en-de", vocab_size=320, pad_token_id=400)
+
+
+@pytest.mark.parametrize(
+    ("preset", "family"), [("vaswani-base", "marian"), ("vaswani-big", "marian"), ("transformer-tiny", "pegasus")]
+)
+def test_the_presets_of_the_readme_leave_exactly(preset: str, family: str) -> None:
+    """Interleaved sinusoids become halves in another order of the features: same logits, same tokens, and back.
+
+    Positions by the mask are positions by columns where rows are padded on the right, which the warning says.
+    """
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    ours = urform.UrformForConditionalGeneration(UrformConfig.from_preset(preset, **sizes, intermediate_size=48))
+    shake(ours.eval())
+    with pytest.warns(UserWarning, match=f"{family} counts padding as positions.*pad on the right"):
+        stock = urform.to_transformers(ours)
+    assert stock.config.model_type == family
+    ids, mask = padded("right", 320, 0)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    labels = padded("none", 320, 0, 7)[0]
+    close(ours(**inputs, labels=labels).logits, stock(**inputs, labels=labels).logits, "logits")
+    for beams in (1, 4):
+        settings: dict[str, Any] = {"max_new_tokens": 12, "num_beams": beams, "do_sample": False}
+        assert ours.generate(**inputs, **settings).tolist() == stock.generate(**inputs, **settings).tolist()
+    again = urform.from_transformers(stock)
+    same_state(again, ours)
+    assert config_of(again) == config_of(ours)
+
+
+def test_hidden_states_in_another_order_are_no_backbone() -> None:
+    """Without an output layer the order of the features is the result: refused by name."""
+    backbone = urform.UrformModel(UrformConfig.from_preset("tiny-encoder-decoder", **WAVES))
+    with pytest.raises(ValueError, match=r"sinusoidal_layout='interleaved' \(there 'halves'\)"):
+        urform.to_transformers(backbone, "pegasus")
+
+
+def test_an_encoder_with_positions_by_mask_is_no_family_that_counts_columns() -> None:
+    """There, padding on the left is usual and would move the positions."""
+    learned = {**WAVES, "position_encoding": "learned", "position_offset": 2, "embedding_norm": True}
+    model = urform.UrformModel(UrformConfig.from_preset("tiny-encoder-decoder", **learned, norm_position="post"))
+    with pytest.raises(ValueError, match=r"position_counting='mask' \(there 'columns'\)"):
+        urform.to_transformers(model, "bart")
+
+
+@pytest.mark.slow
+def test_ctranslate2_reads_what_left(tmp_path: Path) -> None:
+    """Where it is installed: greedy and beam search give our tokens."""
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 320))]
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    ours = urform.UrformForConditionalGeneration(UrformConfig.from_preset("transformer-tiny", **sizes))
+    shake(ours.eval())
+    urform.to_transformers(ours).save_pretrained(tmp_path)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(tmp_path)
+    ctranslate2.converters.TransformersConverter(str(tmp_path)).convert(str(tmp_path / "made"))
+    path = tmp_path / "made" / "config.json"  # its loader starts Pegasus' decoder with the pad token, whatever it is
+    path.write_text(json.dumps({**json.loads(path.read_text()), "decoder_start_token": "</s>"}))
+    translator = ctranslate2.Translator(str(tmp_path / "made"), compute_type="float32")
+    ids, mask = padded("right", 320, 0)
+    sources = [[words[i] for i in row[real].tolist()] for row, real in zip(ids, mask.bool(), strict=True)]
+    for beams in (1, 4):
+        length = {"min_new_tokens": 10, "max_new_tokens": 10}
+        have = ours.generate(input_ids=ids, attention_mask=mask, num_beams=beams, do_sample=False, **length)
+        want = translator.translate_batch(sources, beam_size=beams, min_decoding_length=10, max_decoding_length=10)
+        assert [[words[i] for i in row] for row in have[:, 1:].tolist()] == [row.hypotheses[0] for row in want]

@@ -34,6 +34,7 @@ from urform.training.checkpointing import (
 )
 from urform.training.finite import NonFiniteError
 from urform.training.recipe import load_recipe
+from urform.training.resuming import RunRecord, refuse_changes
 from urform.training.run import train
 from urform.training.trainer import CheckpointError
 
@@ -283,7 +284,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list of files": (lambda p: (p / MANIFEST_NAME).write_text('{"step": 12, "files": [1]}'), "cannot be read"),
     "sizes alone": (
         lambda p: (p / MANIFEST_NAME).write_text('{"step": 12, "files": {"model.safetensors": 144200}}'),
-        "cannot be read",
+        "an older Urform wrote it",
     ),
     "half a manifest": (
         lambda p: (p / MANIFEST_NAME).write_text((p / MANIFEST_NAME).read_text()[:200]),
@@ -436,7 +437,9 @@ def test_a_change_can_be_allowed_and_free_ones_are_said(
     overrides = ["max_grad_norm=0.1", "save_steps=3", "max_steps=6"]
     with pytest.raises(ValueError, match=r"--allow-change training\.max_grad_norm"):
         train(recipe, overrides, output_dir=out, resume=True)
+    overrides.append("hub_token=plain-secret-word")
     result = train(recipe, overrides, output_dir=out, resume=True, allow_changes=["training.max_grad_norm"])
+    assert "plain-secret-word" not in caplog.text
     assert result.steps == 6
     assert "training.max_grad_norm: 1.0 -> 0.1" in caplog.text and "training.save_steps: 4 -> 3" in caplog.text
     assert load_recipe(out / "recipe.yaml").training.max_grad_norm == 0.1
@@ -485,6 +488,21 @@ def test_a_second_run_trusts_nothing_of_the_first(tmp_path: Path, monkeypatch: p
             found = (out / name).read_text(encoding="utf-8")
             assert found.replace(str(out), "") == expected.replace(str(fresh.output_dir), "")
         assert same_weights(out, fresh.output_dir)
+
+
+def test_a_tokenizer_that_no_run_wrote_is_kept(tmp_path: Path, whole: Any) -> None:
+    """A user's folder in the run's place is refused; named by the recipe, it is read before it is replaced."""
+    recipe = toy_recipe(tmp_path / "data", max_steps=1, save_strategy="no")
+    out = tmp_path / "out"
+    shutil.copytree(whole.output_dir / "tokenizer", out / "tokenizer")
+    before = snapshot(out)
+    with pytest.raises(ValueError, match="no run wrote it"):
+        train(recipe, output_dir=out)
+    assert snapshot(out) == before
+    shutil.copy(recipe, out / "recipe.yaml")
+    train(out / "recipe.yaml", [f"tokenizer.from_pretrained={out / 'tokenizer'}"], output_dir=out)
+    text = (out / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
+    assert text == (whole.output_dir / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
 
 
 # --- not finite --------------------------------------------------------------------------------------------------
@@ -578,8 +596,7 @@ def test_no_secret_is_written(tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
     loaded = load_recipe(recipe, ["data.dataset_config=hf_" + "A" * 34])
     assert loaded.training.hub_token == "plain-secret-word" and "plain-secret-word" not in repr(loaded.training)
-    loaded.tokenizer.options.pop("api_key")
-    loaded.tokenizer.options.pop("pad_token")
+    loaded.tokenizer.options = {}
     loaded.training.output_dir = str(tmp_path / "out")
     result = train(loaded)
     for path in result.output_dir.rglob("*"):
@@ -590,6 +607,23 @@ def test_no_secret_is_written(tmp_path: Path) -> None:
     assert "# left out, as they are secrets: data.dataset_config, tokenizer.options.api_key, training.hub_token" in text
     saved = load_recipe(result.output_dir / "recipe.yaml")
     assert saved.training.hub_token is None and saved.tokenizer.options == {"pad_token": "<pad>"}
+
+
+def test_the_batch_of_all_processes_is_compared(tmp_path: Path) -> None:
+    """22 examples may come from one process or from two."""
+    examples = ["tokens_per_batch=null"]
+    recipe = toy_recipe(tmp_path)
+    for processes, size, now in ((2, 11, 22), (1, 22, 22), (2, 11, 11)):
+        out = tmp_path / f"{processes}-{size}-{now}"
+        out.mkdir()
+        load_recipe(recipe, [*examples, f"per_device_train_batch_size={size}"]).save(out / "recipe.yaml")
+        RunRecord("a", "b", processes).save(out)
+        changed = load_recipe(recipe, [*examples, f"per_device_train_batch_size={now}"])
+        if processes * size == now:
+            assert refuse_changes(out, changed, RunRecord("a", "b", 1)).keys() <= {"training.output_dir"}
+        else:
+            with pytest.raises(ValueError, match="per_device_train_batch_size x processes: 11 x 2 -> 11 x 1"):
+                refuse_changes(out, changed, RunRecord("a", "b", 1))
 
 
 # --- many processes ----------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """UrformTokenizer: exactness of text and offsets, special tokens, persistence, determinism, for every kind of model."""
 
+import copy
 import gzip
 import json
 import lzma
+import pickle
 import random
 import subprocess
 import sys
+import threading
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +17,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import TokenizersBackend
 
 from urform.tokenization.subword_training import MODELS
 from urform.tokenization.tokenization_urform import UrformTokenizer
+from urform.training.encoding import encode_pairs
+from urform.training.recipe import DataArguments
+from urform.training.tasks import Labels, build_dataset
 
 EXACT = [model for model in MODELS if model != "wordpiece"]
 CHINESE = "我喜欢学习新的语言"
@@ -394,3 +402,157 @@ def test_targets_begin_without_bos(tmp_path: Path) -> None:
             assert batch["input_ids"] == ([1] if add_bos else []) + batch["labels"]
         tokenizer.save_pretrained(tmp_path)
         assert UrformTokenizer.from_pretrained(tmp_path)("a b", text_target="a b").data == batch.data
+
+
+# --- offsets of composed characters ----------------------------------------------------------------------------------
+CLUSTERS = [
+    "b",
+    "e\u0301",
+    "n\u0303",
+    "A\u030a",
+    "カ\u3099",
+    "\u1112\u1161\u11ab",
+    "a\u0323\u0302",
+    " ",
+    "語",
+    "x\u0301",
+]
+
+
+def composed(form: str, clusters: list[str]) -> list[str]:
+    return [unicodedata.normalize(form.upper(), cluster) for cluster in clusters]
+
+
+@pytest.mark.parametrize("form", ["nfc", "nfkc"])
+@pytest.mark.parametrize("model", EXACT)
+@settings(max_examples=60, deadline=None)
+@given(clusters=st.lists(st.sampled_from(CLUSTERS), min_size=1, max_size=12))
+def test_a_token_has_every_character_that_was_composed_into_it(model: str, form: str, clusters: list[str]) -> None:
+    tokenizer, text = trained(model, normalization=form), "".join(clusters)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = list(dict.fromkeys(encoding.offset_mapping))
+    assert [encoding.char_to_token(i) is None for i in range(len(text))] == [False] * len(text)
+    if model == "byte-bpe":  # a token may hold parts of two characters
+        return
+    assert "".join(text[start:end] for start, end in spans) == text
+    for span in spans:
+        ids = [token for token, own in zip(encoding.input_ids, encoding.offset_mapping, strict=True) if own == span]
+        assert tokenizer.decode(ids) == unicodedata.normalize(form.upper(), text[slice(*span)])
+
+
+def test_offsets_of_composed_characters_in_every_kind_of_call() -> None:
+    tokenizer = trained("bpe", normalization="nfc")
+    text = "bake e\u0301n\u0303 mi\u0308lo \u1112\u1161\u11ab " * 6
+    for tensors in ("pt", "np", None):
+        windows = tokenizer(
+            ["bake", text], truncation=True, max_length=12, stride=3, return_overflowing_tokens=True,
+            padding="max_length", padding_side="left", return_offsets_mapping=True, return_tensors=tensors,
+        )  # fmt: skip
+        seen: set[int] = set()
+        for i, source in enumerate(windows["overflow_to_sample_mapping"]):
+            spans = [tuple(map(int, span)) for span in windows["offset_mapping"][i]]
+            assert spans == windows.encodings[i].offsets
+            seen.update(*(range(*span) for span in spans if source == 1))
+        assert seen == set(range(len(text)))
+    pair = tokenizer("e\u0301", "bo\u0308", return_offsets_mapping=True)
+    ends = {s: end for s, (_, end) in zip(pair.sequence_ids(), pair.offset_mapping, strict=True) if s is not None}
+    assert ends == {0: 2, 1: 3} and pair.char_to_token(2, sequence_index=1) == pair.char_to_token(1, sequence_index=1)
+    words = tokenizer(["bake", "e\u0301", "語", "o\u0308"], is_split_into_words=True, return_offsets_mapping=True)
+    lengths = {w: end for w, (_, end) in zip(words.word_ids(), words.offset_mapping, strict=True) if w is not None}
+    assert lengths == {0: 4, 1: 2, 2: 1, 3: 2}
+    batch = tokenizer([["e\u0301"], ["bake", "o\u0308"]], is_split_into_words=True, return_offsets_mapping=True)
+    assert [spans[-2][1] for spans in batch.offset_mapping] == [2, 2]
+
+
+# --- what a call leaves behind -------------------------------------------------------------------------------------
+LONG = " ".join(CORPUS[:3])
+CALLS: dict[str, Any] = {
+    "truncation": lambda t: t(LONG, truncation=True, max_length=4),
+    "padding": lambda t: t(["bake", LONG], padding=True, padding_side="left", pad_to_multiple_of=8),
+    "max_length": lambda t: t("bake", padding="max_length", truncation=True, max_length=9),
+    "overflow": lambda t: t(LONG, truncation=True, max_length=9, stride=2, return_overflowing_tokens=True),
+    "split": lambda t: t("<s>", split_special_tokens=True),
+    "words": lambda t: t([["bake", "milo"]], is_split_into_words=True, truncation=True, max_length=3, padding=True),
+    "target": lambda t: t(LONG, text_target=[LONG], truncation=True, max_length=3),
+    "composed": lambda t: t("e\u0301 " * 20, truncation=True, max_length=3),
+    "tokenize": lambda t: t.tokenize(LONG, truncation=True, max_length=3),
+    "chat": lambda t: t.apply_chat_template([{"role": "user", "content": LONG}], truncation=True, max_length=3),
+    "error": lambda t: t(["bake", None], truncation=True, max_length=3, padding=True, split_special_tokens=True),
+    "error in words": lambda t: t([["bake"], ["milo", None]], is_split_into_words=True, padding=True),
+    "error in the target": lambda t: t(text_target=["bake", None], truncation=True, max_length=3),
+    "wrong target": lambda t: t("bake", text_target=5),
+    "half a character": lambda t: t("bake", text_target="\ud83d", truncation=True, max_length=3),
+    "no padding token": lambda t: t(["bake"], padding=True, max_length="x", truncation=True),
+}
+
+
+def state_of(tokenizer: UrformTokenizer) -> tuple[str, bool]:
+    return tokenizer.backend_tokenizer.to_str(), tokenizer.backend_tokenizer.encode_special_tokens
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_leaves_nothing_behind(call: str, tmp_path: Path) -> None:
+    tokenizer = UrformTokenizer.train(CORPUS, vocab_size=300, languages=["de"], chat_template="default")
+    tokenizer.tgt_lang = "de"
+    before, ids = state_of(tokenizer), tokenizer(LONG).input_ids
+    tokenizer.save_pretrained(tmp_path / "before")
+    try:
+        CALLS[call](tokenizer)
+    except (TypeError, ValueError):
+        assert "error" in call or call in ("wrong target", "half a character", "no padding token")
+    assert state_of(tokenizer) == before
+    for copied in (copy.deepcopy(tokenizer), copy.copy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert state_of(copied) == before and copied(LONG).input_ids == ids
+    tokenizer.save_pretrained(tmp_path / "after")
+    for file in (tmp_path / "before").iterdir():
+        assert (tmp_path / "after" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert Tokenizer.from_file(str(tmp_path / "after/tokenizer.json")).encode(LONG).ids == ids
+    assert tokenizer.tokenize("bake", add_special_tokens=True)[:2] == ["<s>", "<2de>"]  # not those of a target
+
+
+def test_what_the_user_sets_on_the_backend_stays() -> None:
+    tokenizer = UrformTokenizer.train(CORPUS, vocab_size=300)
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    before = state_of(tokenizer)
+    assert len(tokenizer(LONG).input_ids) > 9
+    tokenizer(LONG, truncation=True, max_length=3)
+    assert state_of(tokenizer) == before
+
+
+def test_threads_share_a_tokenizer(tmp_path: Path) -> None:
+    tokenizer = UrformTokenizer.train(CORPUS, vocab_size=300, normalization=None)
+    calls = [
+        lambda: tokenizer(LONG).input_ids,
+        lambda: tokenizer(LONG, truncation=True, max_length=5).input_ids,
+        lambda: tokenizer(["bake", LONG], padding=True).input_ids,
+        lambda: tokenizer(["bake", "milo"], is_split_into_words=True).input_ids,
+        lambda: tokenizer(text_target=LONG)["input_ids"],
+        lambda: pickle.loads(pickle.dumps(tokenizer)).backend_tokenizer.to_str(),
+        lambda: [
+            Path(file).read_bytes() for file in tokenizer.save_pretrained(tmp_path / threading.current_thread().name)
+        ],
+    ]
+    expected = [call() for call in calls]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        wrong.extend(index for _ in range(60) if calls[index]() != expected[index])
+
+    threads = [threading.Thread(target=work, args=(i,), name=f"thread-{i}") for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_encoding_a_corpus_leaves_nothing_on_other_tokenizers_either() -> None:
+    backend = UrformTokenizer.train(CORPUS, vocab_size=300).backend_tokenizer
+    other = TokenizersBackend(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    before = other.backend_tokenizer.to_str()
+    encode_pairs(other, [(LONG, LONG)], max_source_length=4, max_target_length=4, over_length="truncate")
+    assert other.backend_tokenizer.to_str() == before
+    data = DataArguments(task="token-classification", max_source_length=3, over_length="truncate")
+    build_dataset(data, "train", other, Labels(), [(["bake", "milo", "haus"], ["O", "O", "B"])])
+    assert other.backend_tokenizer.to_str() == before

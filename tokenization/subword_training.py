@@ -13,17 +13,16 @@ Training is deterministic. The trainers of the `tokenizers` library for WordPiec
 order of a seeded hash map), so WordPiece takes the vocabulary of a BPE and Unigram is estimated here.
 """
 
-import gzip
 import heapq
 import json
-import lzma
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from .text_files import MAX_LINE_BYTES, open_lines, unencodable
 
 Texts = Iterable[str | Path | Sequence[str]] | Path
 Files = str | Path | Sequence[str | Path]
@@ -49,7 +48,8 @@ WORDS = "|".join(
         r"\s+",
     )
 )
-LONGEST_WORD = 256  # characters that Unigram and WordPiece look at together: their time grows with its square
+LONGEST_WORD = 256  # characters that training, Unigram and WordPiece look at together: time grows with its square
+LONGEST_PART = rf"[\s\S]{{1,{LONGEST_WORD}}}"
 LONGEST_PIECE = rf"\p{{Han}}{{1,4}}|[{_SYLLABIC}]{{1,8}}"
 
 
@@ -59,14 +59,18 @@ class Corpus:
     Args:
         texts: Strings, lists of strings, or `Path` objects (files); a lone `Path` is a file. A one-shot iterator is
             kept in memory; give files where the corpus is too large for that.
-        files: Paths, as `str` or `Path`: plain UTF-8 text, `.gz` or `.xz`, one text per line.
+        files: Paths, as `str` or `Path`: UTF-8 text, plain or compressed, one text per line (see `open_lines`).
+        max_line_bytes: Longest line of a file that is accepted; None for no limit.
 
     Raises:
-        ValueError: `texts` is a lone string, both arguments are missing, or an item is none of the above.
+        ValueError: `texts` is a lone string, both arguments are missing, an item is none of the above, or a file is not
+            readable as text.
         FileNotFoundError: A file does not exist (all are looked for at once, before anything is read).
     """
 
-    def __init__(self, texts: Texts | None = None, files: Files | None = None) -> None:
+    def __init__(
+        self, texts: Texts | None = None, files: Files | None = None, max_line_bytes: int | None = MAX_LINE_BYTES
+    ) -> None:
         """Checks what can be checked without reading."""
         if isinstance(texts, (str, bytes)):
             raise ValueError(f"texts={texts[:40]!r} is a single string: pass [text], or files=... if it is a path")
@@ -77,35 +81,30 @@ class Corpus:
         items: Iterable[object] = () if texts is None else [texts] if isinstance(texts, Path) else texts
         self.items = list(items) if isinstance(items, Iterator) else items
         self.files = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files or ())]
+        self.max_line_bytes = max_line_bytes
         for file in self.files:
-            if not file.is_file():
+            if not file.exists():
                 raise FileNotFoundError(f"files: no such file: {file}")
+            if not file.is_file():
+                raise ValueError(f"files: {file} is a folder or a pipe: name files, which can be read more than once")
 
     def __iter__(self) -> Iterator[str]:
         """Yields every text."""
         for index, item in enumerate(self.items):
-            if isinstance(item, str):
-                yield item
-            elif isinstance(item, Path):
-                yield from _lines(item)
-            elif isinstance(item, (list, tuple)) and all(isinstance(text, str) for text in item):
-                yield from item
-            else:
-                raise ValueError(f"texts: item {index} is a {type(item).__name__} ({item!r:.60}), expected a string")
+            if isinstance(item, Path):
+                yield from open_lines(item, self.max_line_bytes)
+                continue
+            batch = item if isinstance(item, (list, tuple)) else [item]
+            for text in batch:
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"texts: item {index} is a {type(item).__name__} ({item!r:.60}), expected a string"
+                    )
+                if wrong := unencodable(text):
+                    raise ValueError(f"texts: item {index}: {wrong}")
+                yield text
         for file in self.files:
-            yield from _lines(file)
-
-
-def _lines(file: Path) -> Iterator[str]:
-    if not file.is_file():
-        raise FileNotFoundError(f"texts: no such file: {file}")
-    openers: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
-    with openers.get(file.suffix, open)(file, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                yield line.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file}, line {number}: not UTF-8 ({error.reason}): convert the file") from None
+            yield from open_lines(file, self.max_line_bytes)
 
 
 def smallest_vocab(model: str, n_special: int) -> int:
@@ -174,7 +173,7 @@ def train_backend(
 
     known = "".join(f"\\x{{{ord(char):x}}}" for char in alphabet)
     words: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(WORDS), "isolated")]
-    pieces = [*words, pre_tokenizers.Split(Regex(LONGEST_PIECE), "isolated")]
+    pieces = [*words, *(pre_tokenizers.Split(Regex(part), "isolated") for part in (LONGEST_PIECE, LONGEST_PART))]
     if byte_level:
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         words, pieces = [*words, to_bytes], [*pieces, to_bytes]

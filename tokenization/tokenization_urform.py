@@ -8,14 +8,19 @@ the model's use of it, such as `tgt_lang`, tokenizer_config.json.
 from ..configuration.bundle_urform import BundledCodeMixin
 
 # isort: split
+import copy
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
-from tokenizers import AddedToken, Encoding, Regex, normalizers, processors
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, processors
 from transformers import BatchEncoding, TokenizersBackend
 from transformers.utils import logging
 
+from .composed_offsets import with_composed_offsets
 from .subword_training import (
     MODELS,
     SPACED_LETTER,
@@ -27,6 +32,7 @@ from .subword_training import (
     smallest_vocab,
     train_backend,
 )
+from .text_files import MAX_LINE_BYTES, unencodable
 
 logger = logging.get_logger(__name__)
 
@@ -45,6 +51,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+_encodes_target: ContextVar[bool] = ContextVar("_encodes_target", default=False)
 _SPACE_BEFORE = "\ufdd0"  # a noncharacter: marks a pre-split word that a space precedes
 
 
@@ -58,15 +65,22 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
     itself with `normalization=None`, for every kind but "wordpiece", which has `<unk>` for characters that are not in
     its vocabulary. Text that spells a special token is that token (`split_special_tokens=True` prevents it).
 
-    Offsets cover exactly the characters of a token; a word's offsets include the space before it. Pre-split words
-    (`is_split_into_words=True`) become the tokens they have in running text: after the first, a word that begins with
-    a letter of a script with spaces gets its space, outside its offsets. As with truncation and padding, a call sets
-    the backend's state: use one copy per thread.
+    Offsets cover exactly the characters of a token, with those that normalization composes ("e" and a combining
+    accent). A word's offsets include the space before it. Pre-split words (`is_split_into_words=True`) become the
+    tokens they have in running text: after the first, a word that begins with a letter of a script with spaces gets its
+    space, outside its offsets. A call leaves no trace on the backend. Calls from several threads wait for each other;
+    use copies to encode in parallel.
     """
 
     vocab_files_names: ClassVar[dict[str, str]] = {"tokenizer_file": "tokenizer.json"}
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
-    _target_mode = False
+    _lock: threading.RLock
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "UrformTokenizer":
+        """A tokenizer with a lock of its own; also copies and what is unpickled get theirs."""
+        self = super().__new__(cls)
+        self._lock = threading.RLock()
+        return self
 
     @classmethod
     def train(
@@ -86,12 +100,13 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         chat_template: str | None = None,
         model_max_length: int | None = None,
         padding_side: str = "right",
+        max_line_bytes: int | None = MAX_LINE_BYTES,
     ) -> "UrformTokenizer":
         """Trains a tokenizer. The same corpus and arguments give the same tokenizer.json, byte by byte.
 
         Args:
             texts: Strings, or batches (lists) of strings. A `str` is always text, a `pathlib.Path` always a file.
-            files: Paths (`str` or `Path`, one or many) of UTF-8 files, one text per line; `.gz` and `.xz` are
+            files: Paths (`str` or `Path`, one or many) of UTF-8 files, one text per line; `.gz`, `.xz` and `.bz2` are
                 unpacked. With `texts`, both are read.
             vocab_size: Upper bound for `len(tokenizer)`, special tokens included. Reached unless the corpus runs out
                 of pairs that occur `min_frequency` times (of characters, for "char").
@@ -109,10 +124,12 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
                 system, user and assistant.
             model_max_length: Where `truncation=True` cuts.
             padding_side: "right" or "left".
+            max_line_bytes: Longest line of a file that is accepted; None for no limit.
 
         Raises:
             ValueError: Unknown model, normalization or side; odd or repeated languages or special tokens;
-                `vocab_size` too small (the message says which works); empty corpus; an item that is not a string.
+                `vocab_size` too small (the message says which works); empty corpus; an item that is not a string; a
+                file that is not text, damaged, or has a longer line (named, with the line).
             FileNotFoundError: A file does not exist.
         """
         if model not in MODELS:
@@ -138,9 +155,8 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
             )
         if chat_template == "default":
             chat_template = ("{{ bos_token }}" if add_bos else "") + CHAT_TEMPLATE
-        backend = train_backend(
-            Corpus(texts, files), model, vocab_size, tokens, normalizer(normalization, lowercase), min_frequency
-        )
+        corpus = Corpus(texts, files, max_line_bytes)
+        backend = train_backend(corpus, model, vocab_size, tokens, normalizer(normalization, lowercase), min_frequency)
         backend.add_special_tokens([_added(token) for token in tokens])
         return cls(
             tokenizer_object=backend,
@@ -267,48 +283,101 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         return template is not None and token_id in template.process(Encoding()).ids
 
     def update_post_processor(self) -> None:
-        """Rebuilds the template that adds bos, language tag and eos: `<s> <2de> A </s>`, `<s> <2de> A </s> B </s>`.
+        """Rebuilds the template that adds bos, language tag and eos: `<s> <2de> A </s>`, `<s> <2de> A </s> B </s>`."""
+        with self._lock:
+            self._tokenizer.post_processor = self._template()
 
-        Targets (`text_target`) are `A </s>`: the decoder's start token takes the place of what comes first.
-        """
-        add_bos, add_eos = self.add_bos_token, self.add_eos_token
+    def _template(self, target: bool = False) -> processors.PostProcessor:
+        """The template. Targets are `A </s>`: the decoder's start token takes the place of what comes first."""
         tag = f"<2{self.tgt_lang}>" if self.tgt_lang else None
-        before = [token for token in (self.bos_token if add_bos else None, tag) if token and not self._target_mode]
-        after = [self.eos_token] if add_eos and self.eos_token else []
-        self._tokenizer.post_processor = processors.TemplateProcessing(
+        before = [token for token in (self.bos_token if self.add_bos_token else None, tag) if token and not target]
+        after = [self.eos_token] if self.add_eos_token and self.eos_token else []
+        return processors.TemplateProcessing(
             single=[*before, "$A", *after],
             pair=[*before, "$A", *after, "$B:1", *(f"{token}:1" for token in after)],
             special_tokens=[(token, self.convert_tokens_to_ids(token)) for token in dict.fromkeys([*before, *after])],
         )
 
     def _switch_to_input_mode(self) -> None:
-        if self._target_mode:
-            self._target_mode = False
-            self.update_post_processor()
+        _encodes_target.set(False)
 
     def _switch_to_target_mode(self) -> None:
-        self.init_kwargs["add_bos_token"] = self.add_bos_token  # the targets' template no longer shows it
-        self._target_mode = True
-        self.update_post_processor()
+        _encodes_target.set(True)  # for the one call of `_encode_plus` that follows
 
     def _encode_plus(  # type: ignore[override]
         self, text: Any, text_pair: Any = None, is_split_into_words: bool = False, **kwargs: Any
     ) -> BatchEncoding:
-        if not is_split_into_words:
-            return super()._encode_plus(text, text_pair, **kwargs)
-        usual = self._tokenizer.normalizer
-        self._tokenizer.normalizer = normalizers.Sequence(
-            [
-                normalizers.Prepend(" "),
-                normalizers.Replace(Regex(rf"\A (?!{SPACED_LETTER}(?m:.*){_SPACE_BEFORE}\z)"), ""),
-                normalizers.Replace(Regex(rf"{_SPACE_BEFORE}\z"), ""),
-                *([usual] if usual is not None else []),
-            ]
-        )
-        try:
-            return super()._encode_plus(_mark(text), _mark(text_pair), is_split_into_words=True, **kwargs)
-        finally:
-            self._tokenizer.normalizer = usual
+        target = _encodes_target.get()
+        _encodes_target.set(False)
+        if is_split_into_words:
+            text, text_pair = _mark(text), _mark(text_pair)
+        with self._lock, settings_kept(self._tokenizer) as backend:
+            if target:
+                backend.post_processor = self._template(target=True)
+            if is_split_into_words:
+                backend.normalizer = _presplit_normalizer(backend.normalizer)
+            try:
+                encoded = super()._encode_plus(text, text_pair, is_split_into_words=is_split_into_words, **kwargs)
+            except TypeError as error:
+                if wrong := _unencodable((text, text_pair)):
+                    raise ValueError(f"text: {wrong}") from error
+                raise
+            items = _items(text, text_pair, is_split_into_words)
+            tensors = kwargs.get("return_tensors")
+            return with_composed_offsets(encoded, backend, items, is_split_into_words, tensors, _SPACE_BEFORE)
+
+    def _save_pretrained(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        with self._lock:  # not in the middle of another thread's call
+            return super()._save_pretrained(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            state = {**self.__dict__, "_tokenizer": copy.deepcopy(self._tokenizer)}
+        del state["_lock"]
+        return state
+
+
+@contextmanager
+def settings_kept(backend: Tokenizer) -> Iterator[Tokenizer]:
+    """What a call sets on the backend is afterwards as it was, also after an error: it would be saved otherwise."""
+    truncation, padding, split = backend.truncation, backend.padding, backend.encode_special_tokens
+    normalizer, post_processor = backend.normalizer, backend.post_processor
+    try:
+        yield backend
+    finally:
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+        backend.no_padding() if padding is None else backend.enable_padding(**padding)
+        backend.encode_special_tokens = split
+        backend.normalizer, backend.post_processor = normalizer, post_processor
+
+
+def _items(text: Any, text_pair: Any, presplit: bool) -> list[Any]:
+    """The texts or pairs of a call, one or a batch, as transformers tells them apart."""
+    batched = isinstance(text, (list, tuple))
+    if presplit:
+        batched = batched and len(text) > 0 and isinstance(text[0], (list, tuple))
+    if not batched:
+        return [(text, text_pair)] if text_pair else [text]
+    return list(text) if text_pair is None else list(zip(text, text_pair, strict=True))
+
+
+def _presplit_normalizer(usual: normalizers.Normalizer | None) -> normalizers.Normalizer:
+    """Gives marked words that begin with a letter of a script with spaces a space, and takes the marks off."""
+    return normalizers.Sequence(
+        [
+            normalizers.Prepend(" "),
+            normalizers.Replace(Regex(rf"\A (?!{SPACED_LETTER}(?m:.*){_SPACE_BEFORE}\z)"), ""),
+            normalizers.Replace(Regex(rf"{_SPACE_BEFORE}\z"), ""),
+            *([usual] if usual is not None else []),
+        ]
+    )
+
+
+def _unencodable(texts: Any) -> str | None:
+    """What is wrong with the first text, in any nesting of lists, that UTF-8 cannot hold."""
+    if isinstance(texts, str):
+        return unencodable(texts)
+    return next(filter(None, map(_unencodable, texts)), None) if isinstance(texts, (list, tuple)) else None
 
 
 def _mark(words: Any) -> Any:

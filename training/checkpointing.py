@@ -108,6 +108,8 @@ def _read_manifest(checkpoint: Path) -> Mapping[str, Mapping[str, Any]] | str:
         for name, said in files.items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 return f"{MANIFEST_NAME} names {name!r}, which is outside of the checkpoint"
+            if not isinstance(said, dict):
+                return f"{MANIFEST_NAME} gives no sha256 for {name!r}; an older Urform wrote it"
             if not isinstance(said["size"], int) or not isinstance(said["sha256"], str):
                 return f"{MANIFEST_NAME} gives no size and sha256 for {name!r}"
     except FileNotFoundError:

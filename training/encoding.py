@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EncodedDataset", "OverLength", "encode_pairs", "finished", "token_ids"]
+from ..tokenization.tokenization_urform import settings_kept
+
+__all__ = ["EncodedDataset", "OverLength", "encode_pairs", "finished", "kept_as_it_was", "token_ids"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,18 +78,24 @@ def _chunks(items: Iterable[tuple[str, ...]], size: int = 2000) -> Iterator[list
         yield chunk
 
 
+def kept_as_it_was(tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[Any]:
+    """Undoes what calls inside set on a tokenizer of any class, such as truncation: the run would save it."""
+    return settings_kept(tokenizer.backend_tokenizer) if tokenizer.is_fast else nullcontext()
+
+
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None, target: bool
 ) -> tuple[list[list[int]], list[bool]]:
     """Token ids of the texts, those over the limit cut to it, and which ones these are."""
     key = "text_target" if target else "text"
-    encoded: list[list[int]] = tokenizer(**{key: list(texts)}, add_special_tokens=True, verbose=False)["input_ids"]
-    too_long = [limit is not None and len(ids) > limit for ids in encoded]
-    for index, long in enumerate(too_long):
-        if long:
-            # Cut by the tokenizer, which keeps the special tokens at the ends.
-            cut = tokenizer(**{key: texts[index]}, truncation=True, max_length=limit)
-            encoded[index] = cut["input_ids"]
+    with kept_as_it_was(tokenizer):
+        encoded: list[list[int]] = tokenizer(**{key: list(texts)}, add_special_tokens=True, verbose=False)["input_ids"]
+        too_long = [limit is not None and len(ids) > limit for ids in encoded]
+        for index, long in enumerate(too_long):
+            if long:
+                # Cut by the tokenizer, which keeps the special tokens at the ends.
+                cut = tokenizer(**{key: texts[index]}, truncation=True, max_length=limit)
+                encoded[index] = cut["input_ids"]
     return encoded, too_long
 
 

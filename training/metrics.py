@@ -2,7 +2,8 @@
 
 Published results on Multi30k are nearly always BLEU on text that was lower-cased, had its punctuation normalised and
 was tokenized by the Moses scripts (`*.lc.norm.tok.*`), not sacreBLEU on raw text. `tokenized_lowercased_bleu` computes
-that number with sacremoses, a port of those scripts. Chinese, Japanese and Korean are tokenized as sacreBLEU does.
+that number with sacremoses, a port of those scripts. Chinese is tokenized as sacreBLEU does, Japanese, Korean and other
+text whose words are not divided by spaces (Thai, Lao, Khmer, Burmese, Tibetan …) by characters.
 """
 
 from __future__ import annotations
@@ -12,8 +13,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..dependencies import missing_dependency
+from .languages import normalize_language, script_of
 
 __all__ = ["TranslationScores", "check_scorers", "score_translations", "tokenized_lowercased_bleu"]
+
+
+# sacreBLEU's tokenizer by script; all other scripts divide words by spaces.
+_TOKENIZERS = {
+    **dict.fromkeys("Hani Hans Hant Hanb".split(), "zh"),
+    **dict.fromkeys("Bopo Jpan Hira Kana Hrkt Kore Hang Yiii".split(), "char"),
+    **dict.fromkeys("Thai Laoo Khmr Mymr Tibt Lana Tale Talu Tavt Java Bali Cham Cakm".split(), "char"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class TranslationScores:
 def _moses(language: str) -> tuple[Callable[[str], str], str]:
     from sacremoses import MosesPunctNormalizer, MosesTokenizer, __version__
 
+    language = normalize_language(language).split("-")[0]
     normalizer, tokenizer = MosesPunctNormalizer(lang=language), MosesTokenizer(lang=language)
     return (
         lambda text: str(tokenizer.tokenize(normalizer.normalize(text.lower()), return_str=True, escape=False)),
@@ -56,7 +67,7 @@ def _moses(language: str) -> tuple[Callable[[str], str], str]:
 
 
 def _default_tokenizer(language: str) -> str:
-    return {"zh": "zh", "ja": "char", "ko": "char"}.get(language.split("-")[0].split("_")[0], "13a")
+    return _TOKENIZERS.get(script_of(language) or "", "13a")
 
 
 def check_scorers(language: str) -> None:
@@ -78,7 +89,10 @@ def tokenized_lowercased_bleu(
     Args:
         hypotheses: Detokenized system output.
         references: Raw references.
-        language: Language of the text, for the Moses tokenizer's abbreviations.
+        language: Language of the text: any code that `normalize_language` knows. Chooses the tokenizer.
+
+    Raises:
+        ValueError: The language is unknown.
     """
     check_scorers(language)
     from sacrebleu.metrics import BLEU
@@ -100,12 +114,12 @@ def score_translations(
     Args:
         hypotheses: System output, one per reference.
         references: One reference each.
-        language: Target language, as a code like "de".
-        bleu_tokenizer: sacreBLEU's tokenizer for `bleu`; None takes sacreBLEU's default for the language ("13a", "zh",
-            "char" for Japanese and Korean, which need no extra package).
+        language: Target language: any code that `normalize_language` knows, such as "de", "zho_Hans" or "pt-BR".
+        bleu_tokenizer: sacreBLEU's tokenizer for `bleu`; None takes "zh" for Chinese, "char" for Japanese, Korean and
+            other scripts without spaces (no extra package is needed), else "13a".
 
     Raises:
-        ValueError: If the numbers differ, or if there is nothing to score.
+        ValueError: If the numbers differ, if there is nothing to score, or if the language is unknown.
     """
     check_scorers(language)
     from sacrebleu.metrics import BLEU, CHRF

@@ -38,6 +38,9 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
 
+from ..tokenization.text_files import MAX_LINE_BYTES
+from .languages import normalize_language
+
 __all__ = [
     "TASKS",
     "DataArguments",
@@ -57,8 +60,8 @@ class DataArguments:
     """Which data, for which task.
 
     Per split give either `<split>_source` and `<split>_target` (two text files, line by line, for seq2seq), or
-    `<split>_file` (TSV, JSON Lines; plain text for the language models), or a `dataset_name`. File names may end in .gz
-    or .xz. Relative names are looked up in `data_dir`, or beside nothing else than the working directory.
+    `<split>_file` (TSV, JSON Lines; plain text for the language models), or a `dataset_name`. File names may end in
+    .gz, .xz or .bz2. Relative names are looked up in `data_dir`, or beside nothing else than the working directory.
     """
 
     task: str = field(default="seq2seq", metadata={"help": f"One of {', '.join(TASKS)}."})
@@ -86,6 +89,9 @@ class DataArguments:
     max_source_length: int | None = field(default=256, metadata={"help": "In tokens, special tokens included."})
     max_target_length: int | None = field(default=256, metadata={"help": "In tokens, special tokens included."})
     over_length: str = field(default="drop", metadata={"help": "Training examples over a limit: drop|truncate|error."})
+    max_line_bytes: int | None = field(
+        default=MAX_LINE_BYTES, metadata={"help": "Longest line of a data file in bytes; null for no limit."}
+    )
     max_train_examples: int | None = field(default=None, metadata={"help": "Use only the first so many."})
     tokens_per_batch: int | None = field(
         default=None,
@@ -103,6 +109,12 @@ class DataArguments:
             )
         if self.over_length not in ("drop", "truncate", "error"):
             raise ValueError(f"data.over_length must be drop, truncate or error, got {self.over_length!r}")
+        for side in ("source", "target"):
+            if (code := getattr(self, f"{side}_language")) is not None:
+                try:
+                    normalize_language(code)
+                except ValueError as error:
+                    raise ValueError(f"data.{side}_language: {error}") from None
 
 
 @dataclass

@@ -172,17 +172,21 @@ def refuse_earlier_run(folder: Path) -> None:
         )
 
 
-def begin_afresh(folder: Path) -> None:
-    """Delete what an earlier run that saved nothing left: its tokenizer, its recipe, its record."""
-    left = [folder / name for name in (TOKENIZER_FOLDER, RECIPE_FILE, RECORD_FILE) if (folder / name).exists()]
-    if left:
-        names = ", ".join(path.name for path in left)
-        logger.warning("%s: replacing what an unfinished run left (%s)", folder, names)
-    for path in left:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def begin_afresh(folder: Path, recipe: Recipe) -> None:
+    """Make a folder that of a new run: its recipe comes first, so whatever follows is known to be a run's.
+
+    Raises:
+        ValueError: If there is a tokenizer that no run wrote; it would be replaced.
+    """
+    if (folder / TOKENIZER_FOLDER).exists():
+        if not (folder / RECIPE_FILE).is_file():
+            raise ValueError(
+                f"{folder / TOKENIZER_FOLDER} is where the run keeps its tokenizer, and no run wrote it: choose "
+                "another --output-dir, or move it and name it by tokenizer.from_pretrained"
+            )
+        logger.warning("%s: replacing the tokenizer that an unfinished run left", folder)
+    (folder / RECORD_FILE).unlink(missing_ok=True)
+    recipe.save(folder / RECIPE_FILE)
 
 
 def ended_at(folder: Path) -> int | None:
@@ -225,8 +229,8 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
     for section in ("data", "tokenizer", "model", "run", "training"):
         parsed = getattr(recipe, section)
         for item in dataclasses.fields(parsed):
-            if not item.init:
-                continue
+            if not item.init or item.name.endswith("_token"):
+                continue  # a token is kept in no recipe, and shown in no message
             value = getattr(parsed, item.name)
             value = value.value if isinstance(value, Enum) else value
             key = f"{section}.{item.name}"

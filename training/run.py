@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 import warnings
@@ -34,6 +35,8 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..publishing.checkpoint_checks import read_json
+from ..tokenization.text_files import unencodable
 from .averaging import average_checkpoints, last_checkpoints
 from .batching import padding_share
 from .checkpointing import last_complete_checkpoint, write_text_atomically
@@ -200,10 +203,12 @@ def _prepare_tokenizer(recipe: Recipe, examples: list[tuple[Any, ...]], goes_on:
             output_dir.mkdir(parents=True, exist_ok=True)
             sweep(output_dir)
             if not goes_on:
-                begin_afresh(output_dir)
-        if not folder.is_dir():
+                begin_afresh(output_dir, recipe)
+        if not folder.is_dir() or (state.is_main_process and not goes_on):
             staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
             train_tokenizer(recipe, examples).save_pretrained(staging)
+            if folder.is_dir():
+                shutil.rmtree(folder)  # an earlier run's
             staging.rename(folder)
         if goes_on:
             refuse_other_tokenizer(output_dir)
@@ -282,10 +287,7 @@ def train(
     _check_config(loaded)
     _check_scorers(loaded)
     folder = Path(training.output_dir or "outputs")
-    if not resume:
-        refuse_earlier_run(folder)
-    checkpoint = resume_point(folder) if resume else None
-    goes_on = resume and (checkpoint is not None or ended_at(folder) is not None)
+    checkpoint, goes_on = _starting_point(folder, resume)
     set_seed(training.seed)
 
     examples = list(read_split(data, "train"))[: data.max_train_examples]
@@ -353,17 +355,33 @@ def train(
     if sampler := _sampler(trainer):
         metrics["padding_share"] = round(padding_share(sampler), 4)
     if training.should_save:
-        _save_final(loaded, trainer, folder)
-        trainer.save_state()  # the losses, for the model card
-        if test:
-            metrics["test"] = _test(loaded, folder, test, training.device)
-        write_text_atomically(folder / RESULTS_FILE, json.dumps(metrics, indent=1, ensure_ascii=False))
-        if training.push_to_hub:
-            trainer.push_saved("End of training")
+        _finish(loaded, trainer, folder, metrics, test)
         record.ended_at = trainer.state.global_step
         record.save(folder)
     trainer.accelerator.wait_for_everyone()
     return TrainResult(folder, trainer.state.global_step, metrics, trainer.state.log_history)
+
+
+def _finish(
+    recipe: Recipe, trainer: UrformTrainer, folder: Path, metrics: dict[str, Any], test: list[tuple[str, str]]
+) -> None:
+    """What comes after the last step: the model, its scores in `metrics`, the results, the Hub."""
+    _save_final(recipe, trainer, folder)
+    trainer.save_state()  # the losses, for the model card
+    if test:
+        metrics["test"] = _test(recipe, folder, test, trainer.args.device)
+    write_text_atomically(folder / RESULTS_FILE, json.dumps(metrics, indent=1, ensure_ascii=False))
+    if trainer.args.push_to_hub:
+        trainer.push_saved("End of training")
+
+
+def _starting_point(folder: Path, resume: bool) -> tuple[Path | None, bool]:
+    """The checkpoint to go on from, and whether what the folder holds belongs to this run."""
+    if not resume:
+        refuse_earlier_run(folder)
+        return None, False
+    checkpoint = resume_point(folder)
+    return checkpoint, checkpoint is not None or ended_at(folder) is not None
 
 
 def _left_as_it_is(folder: Path, checkpoint: Path | None, changes: Mapping[str, str]) -> TrainResult | None:
@@ -387,9 +405,8 @@ def _left_as_it_is(folder: Path, checkpoint: Path | None, changes: Mapping[str, 
         f"longer, raise max_steps or num_train_epochs; to average and score the model again, delete {RESULTS_FILE}",
         stacklevel=3,
     )
-    metrics = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return TrainResult(folder, steps, metrics, history)
+    history = read_json(folder / "trainer_state.json").get("log_history", [])
+    return TrainResult(folder, steps, read_json(folder / RESULTS_FILE), history)
 
 
 def _sampler(trainer: UrformTrainer) -> Any:
@@ -447,8 +464,16 @@ def _test(recipe: Recipe, folder: Path, pairs: list[tuple[str, str]], device: to
 
 
 # --- predict and evaluate ----------------------------------------------------------------------------------------
+class LineError(ValueError):
+    """A text that cannot be translated: its index, and why."""
+
+    def __init__(self, index: int, why: str, where: str = "") -> None:
+        super().__init__(f"{where}line {index + 1} {why}")
+        self.index, self.why = index, why
+
+
 def _one_line(text: str) -> str:
-    return " ".join(text.splitlines()).strip()
+    return " ".join(part for part in re.split(r"[\r\n]+", text.strip()) if part)
 
 
 def translate(
@@ -473,17 +498,23 @@ def translate(
         batch_size: Sources per batch; like lengths are put together.
         max_new_tokens: Limit of a translation; None allows twice the source's tokens plus 20.
         progress: Called with the number of texts finished, batch by batch.
+
+    Raises:
+        LineError: A text is too long for the model or is not valid Unicode. Nothing is translated then.
     """
     results = [""] * len(texts)
     limits = position_limits(model)
     limit, target_limit = limits.source, limits.target
+    for index, text in enumerate(texts):
+        if wrong := unencodable(text):
+            raise LineError(index, f"is not valid Unicode: {wrong}")
     encoded = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
     order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(encoded[i]))
-    if limit is not None and order and len(encoded[order[0]]) > limit:
-        number = order[0]
-        raise ValueError(
-            f"line {number + 1} has {len(encoded[number])} tokens and the model takes at most {limit}: split the line"
-        )
+    if limit is not None:
+        for index in sorted(order):
+            if len(encoded[index]) > limit:
+                has = f"has {len(encoded[index])} tokens"
+                raise LineError(index, f"{has} and the model takes at most {limit}: split the line")
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -529,8 +560,11 @@ def predict(
     max_new_tokens: int | None = None,
     window: int = 1024,
     progress: Callable[[int], None] | None = None,
+    name: str | Path | None = None,
 ) -> Iterator[str]:
     """Translates a stream: one line out per line in, in order, `window` lines in memory at a time.
+
+    An error, in a line or in reading the lines, is raised after the translations of all lines before it have come out.
 
     Args:
         model_dir: A folder that `train` wrote, or any encoder-decoder with its tokenizer.
@@ -542,26 +576,46 @@ def predict(
         max_new_tokens: See `translate`.
         window: Lines read before the first is translated; sorted by length inside.
         progress: Called with the number of lines finished.
+        name: What errors call the stream, e.g. its file.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it holds no finished model, or if a line is too long for it.
+        ValueError: If it holds no finished model, or if a line is too long for it (named by its number in the stream).
     """
     model, tokenizer = _load(model_dir)
-    block: list[str] = []
 
-    def flush() -> list[str]:
+    def translated(block: list[str]) -> list[str]:
         return translate(
             model, tokenizer, [prefix + line if line.strip() else "" for line in block], num_beams=num_beams,
             length_penalty=length_penalty, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress,
         )  # fmt: skip
 
-    for line in lines:
-        block.append(line)
-        if len(block) == window:
-            yield from flush()
-            block.clear()
-    yield from flush()
+    done = 0
+    for block in _blocks(lines, window):
+        try:
+            yield from translated(block)
+        except LineError as error:
+            yield from translated(block[: error.index])
+            raise LineError(done + error.index, error.why, f"{name}, " if name else "") from None
+        done += len(block)
+
+
+def _blocks(lines: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Blocks of lines. Where reading fails, what came before is a block of its own, and then the error is raised."""
+    block: list[str] = []
+    remaining = iter(lines)
+    while True:
+        try:
+            block.append(next(remaining))
+        except StopIteration:
+            break
+        except (ValueError, OSError):
+            yield block
+            raise
+        if len(block) == size:
+            yield block
+            block = []
+    yield block
 
 
 def evaluate(

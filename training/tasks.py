@@ -6,6 +6,7 @@ Heads come from the Auto classes, so every task trains any model of transformers
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .data_files import open_lines, read_dataset, read_parallel, read_records
-from .encoding import EncodedDataset, OverLength, encode_pairs, finished, token_ids
+from .data_files import Check, open_lines, read_dataset, read_parallel, read_records, texts
+from .encoding import EncodedDataset, OverLength, encode_pairs, finished, kept_as_it_was, token_ids
 from .recipe import DataArguments
 
 __all__ = [
@@ -86,11 +87,12 @@ def has_split(data: DataArguments, split: Split) -> bool:
 
 
 def read_split(data: DataArguments, split: Split) -> Iterator[tuple[Any, ...]]:
-    """The examples of a split: (source, target), (text,), (text, label) or (words, tags).
+    """The examples of a split: (source, target), (text,), (text, label) or (list of words, list of tags).
 
     Raises:
         FileNotFoundError: If a file is missing; it is named.
-        ValueError: If the recipe names no data for the split, or half a pair, or if a file is malformed.
+        ValueError: If the recipe names no data for the split, or half a pair, or if a file is malformed (named, with
+            the line).
     """
     source, target = getattr(data, f"{split}_source"), getattr(data, f"{split}_target")
     file = getattr(data, f"{split}_file")
@@ -102,13 +104,16 @@ def read_split(data: DataArguments, split: Split) -> Iterator[tuple[Any, ...]]:
             raise ValueError(f"data.{missing} is not set, its other half is")
         if data.task != "seq2seq":
             raise ValueError(f"data.{split}_source and data.{split}_target are for task seq2seq, not {data.task}")
-        return read_parallel(_path(data, source), _path(data, target))
+        return read_parallel(_path(data, source), _path(data, target), data.max_line_bytes)
+    check = _CHECKS.get(data.task, texts)
     if file:
         path = _path(data, file)
-        records = any(suffix in (".tsv", ".jsonl", ".json") for suffix in path.suffixes)
-        return _plain(path) if one_field and not records else read_records(path, fields)
+        records = any(suffix in (".tsv", ".jsonl", ".json") for suffix in map(str.lower, path.suffixes))
+        if one_field and not records:
+            return _plain(path, data.max_line_bytes)
+        return read_records(path, fields, check, data.max_line_bytes)
     if data.dataset_name:
-        return read_dataset(data.dataset_name, data.dataset_config, getattr(data, f"{split}_split"), fields)
+        return read_dataset(data.dataset_name, data.dataset_config, getattr(data, f"{split}_split"), fields, check)
     raise ValueError(f"the recipe names no {split} data: set data.{split}_source and data.{split}_target, "
                      f"data.{split}_file or data.dataset_name")  # fmt: skip
 
@@ -127,17 +132,17 @@ def place_of(data: DataArguments, split: Split, number: int) -> str:
     line = number
     if not any(suffix in (".jsonl", ".json", ".tsv") for suffix in files[0].suffixes):
         if data.task in ("causal-lm", "masked-lm"):  # where blank lines are no examples
-            texts = (index for index, text in enumerate(open_lines(files[0]), start=1) if text.strip())
-            line = next(itertools.islice(texts, number - 1, None))
+            filled = (index for index, text in enumerate(open_lines(files[0]), start=1) if text.strip())
+            line = next(itertools.islice(filled, number - 1, None))
     elif ".tsv" in files[0].suffixes:
         fields = (data.source_field, data.target_field)[: 1 if data.task in ("causal-lm", "masked-lm") else 2]
         line += not all(name.isdecimal() for name in fields)  # the header
     return f"example {number} of the {split} data ({files[0]}, line {line})"
 
 
-def _plain(path: Path) -> Iterator[tuple[str]]:
+def _plain(path: Path, max_line_bytes: int | None) -> Iterator[tuple[str]]:
     count = 0
-    for line in open_lines(path):
+    for line in open_lines(path, max_line_bytes):
         if line.strip():
             count += 1
             yield (line,)
@@ -145,12 +150,34 @@ def _plain(path: Path) -> Iterator[tuple[str]]:
         raise ValueError(f"no data: {path} is empty")
 
 
-def _strings(examples: Iterator[tuple[Any, ...]], names: str) -> Iterator[tuple[str, ...]]:
-    for number, example in enumerate(examples, start=1):
-        for value in example:
-            if not isinstance(value, str):
-                raise ValueError(f"example {number}: {names} must be text, got {type(value).__name__}: {value!r}")
-        yield example
+def _label(value: Any) -> str:
+    """A label as text; JSON Lines and data sets may have numbers."""
+    if not isinstance(value, (str, int)) and not (isinstance(value, float) and math.isfinite(value)):
+        raise ValueError(f"expected a label, got {type(value).__name__}: {value!r:.60}")
+    return texts((str(value),))[0]
+
+
+def _text_and_label(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*texts(example[:1]), _label(example[1]))
+
+
+def _words_and_tags(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Words and tags as lists; in a TSV they are separated by spaces (a no-break space belongs to its word)."""
+    sides = []
+    for value in example:
+        side = [part for part in value.split(" ") if part] if isinstance(value, str) else value
+        if not isinstance(side, list):
+            raise ValueError(f"expected words and tags, got {type(value).__name__}: {value!r:.60}")
+        sides.append(side)
+    words, tags = list(texts(tuple(sides[0]))), [_label(tag) for tag in sides[1]]
+    if len(words) != len(tags):
+        raise ValueError(f"{len(words)} words but {len(tags)} tags")
+    if "" in words:
+        raise ValueError(f"word {words.index('') + 1} is empty and has the tag {tags[words.index('')]!r}")
+    return words, tags
+
+
+_CHECKS: dict[str, Check] = {"text-classification": _text_and_label, "token-classification": _words_and_tags}
 
 
 def build_dataset(
@@ -162,21 +189,22 @@ def build_dataset(
 ) -> EncodedDataset:
     """Encodes the examples of a split for the task.
 
-    Over-long examples are treated as `data.over_length` says in training and truncated in evaluation, so that every
-    example counts there.
+    The examples are those of `read_split`. Over-long ones are treated as `data.over_length` says in training, and
+    truncated in evaluation, so that every example counts there.
     """
     policy = data.over_length if split == "train" else "truncate"
     if data.task == "seq2seq":
         return encode_pairs(
             tokenizer,
-            ((source, target) for source, target in _strings(iter(examples), "source and target")),
+            examples,
             max_source_length=data.max_source_length,
             max_target_length=data.max_target_length,
             over_length=policy,
             source_prefix=data.source_prefix,
         )
     encode: Callable[..., EncodedDataset] = _encode_words if data.task == "token-classification" else _encode_texts
-    return encode(data, tokenizer, labels, examples, OverLength(policy))
+    with kept_as_it_was(tokenizer):
+        return encode(data, tokenizer, labels, examples, OverLength(policy))
 
 
 def _encode_texts(
@@ -186,8 +214,7 @@ def _encode_texts(
     examples: list[tuple[Any, ...]],
     report: OverLength,
 ) -> EncodedDataset:
-    texts = [str(example[0]) for example in examples]
-    encoded, too_long = token_ids(tokenizer, texts, data.max_source_length, False)
+    encoded, too_long = token_ids(tokenizer, [example[0] for example in examples], data.max_source_length, False)
     features: list[dict[str, Any]] = []
     for example, ids, long in zip(examples, encoded, too_long, strict=True):
         report.examples += 1
@@ -198,7 +225,7 @@ def _encode_texts(
             continue
         feature: dict[str, Any] = {"input_ids": ids}
         if data.task == "text-classification":
-            feature["labels"] = labels.id(str(example[1]))
+            feature["labels"] = labels.id(example[1])
         elif data.task == "causal-lm":
             feature["labels"] = list(ids)
         features.append(feature)
@@ -216,11 +243,7 @@ def _encode_words(
     features: list[dict[str, Any]] = []
     for words, tags in examples:
         report.examples += 1
-        if isinstance(words, str):  # from a TSV: words and tags separated by spaces
-            words, tags = words.split(), str(tags).split()
-        if len(words) != len(tags):
-            raise ValueError(f"example {report.examples}: {len(words)} words but {len(tags)} tags")
-        tag_ids = [labels.id(str(tag)) for tag in tags]
+        tag_ids = [labels.id(tag) for tag in tags]
         encoding = tokenizer(words, is_split_into_words=True, verbose=False)
         limit = data.max_source_length
         if limit is not None and len(encoding["input_ids"]) > limit:

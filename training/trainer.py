@@ -492,6 +492,7 @@ class UrformTrainer(Seq2SeqTrainer):
 
     def restore_loss_state(self) -> None:
         """Go on with the sums of losses of the checkpoint that training resumes from."""
+        self._watch = UpdateWatch()  # an attempt that ran out of memory may have left batches
         if self._resumed_from is None:
             self._loss_is_whole = True
             return
