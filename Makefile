@@ -9,11 +9,12 @@ DEV_STAMP := $(VENV)/.dev-installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types format bench constraints clean
+.PHONY: help demo test test-all test-newest test-oldest lint types format bench constraints clean
 
 help:
 	@echo "make demo [ARGS=...]  train a small translator and try it      make test      the tests"
 	@echo "make test-all         with the slow ones                       make lint      ruff and mypy"
+	@echo "make test-newest      on the newest torch and transformers     make test-oldest  on the oldest that are supported"
 	@echo "make bench            time kernels, steps, generation          make clean     remove what can be rebuilt"
 
 $(BIN)/python:
@@ -37,6 +38,24 @@ test: $(DEV_STAMP)
 test-all: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope -m "" $(ARGS)
 
+# Each has a virtual environment of its own and takes what the index has today, without constraints.txt. What
+# pyproject.toml asks for at least is the oldest; the newest may be beyond the tested range, of which urform then warns.
+OLDEST := $(shell sed -nE 's/^    "(torch|transformers)>=([0-9.]+)",$$/\1==\2.*/p' pyproject.toml)
+PIP_NEWEST := .venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade
+PIP_OLDEST := .venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check
+
+test-newest:
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	$(PIP_NEWEST) --upgrade-strategy eager -e '.[dev]' torch transformers
+	PYTHONWARNINGS='ignore:urform is tested with' OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		.venv-newest/bin/python -m pytest -q -n $(JOBS) --dist loadscope $(ARGS)
+
+test-oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	$(PIP_OLDEST) -e '.[dev]' $(patsubst %,'%',$(OLDEST))
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		.venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist loadscope $(ARGS)
+
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,5 +78,5 @@ constraints: $(DEV_STAMP)
 	@echo "constraints.new written; compare it with constraints.txt (which keeps markers for Python 3.10)"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis constraints.new
+	rm -rf $(VENV) .venv-newest .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis constraints.new
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,7 +5,8 @@
 target modules.
 
 It costs almost nothing: neither torch nor transformers is imported here. Public names are imported at first use
-(PEP 562), and registration (registration.py) waits for the modules that it concerns.
+(PEP 562), and registration (registration.py) waits for the modules that it concerns. Releases of torch and transformers
+that the tests have not run on give one warning.
 """
 
 import importlib
@@ -102,6 +103,8 @@ def __dir__() -> list[str]:
 
 
 if __name__ == "urform":  # and not in a second copy under another name (pytest imports the root's __init__.py as one)
+    from .dependencies import warn_untested
     from .registration import watch_imports
 
+    warn_untested()
     watch_imports()

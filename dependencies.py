@@ -1,15 +1,52 @@
-"""Optional dependencies: one error for every package that is not installed, with the command that installs it."""
+"""Dependencies: the tested releases, and one error for every optional package that is not installed."""
 
 from __future__ import annotations
 
+import re
+import warnings
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["HOW_TO_INSTALL", "MissingDependencyError", "install_command", "missing_dependency"]
+__all__ = [
+    "HOW_TO_INSTALL",
+    "TESTED",
+    "MissingDependencyError",
+    "install_command",
+    "missing_dependency",
+    "warn_untested",
+]
+
+# The oldest and the newest release that the tests have run on: `make test-oldest`, `make test-newest`. The extra
+# `tested` in pyproject.toml says the same.
+TESTED = {"torch": ("2.11", "2.14"), "transformers": ("5.17", "5.24")}
 
 # For readers on other machines (model cards, documentation), who have no checkout yet.
 HOW_TO_INSTALL = "`pip install .` in a checkout of urform, or `pip install git+ADDRESS` with its repository's address"
 
 _DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the module and the package that brings it have different names
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
+
+
+def warn_untested() -> None:
+    """Warn, in one warning, of releases outside `TESTED`. The metadata is read; nothing is imported."""
+    outside = []
+    for name, (oldest, newest) in TESTED.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue  # its import will say so
+        if not _release(oldest) <= _release(found) <= _release(newest):
+            outside.append(f"{name} {found}")
+    if outside:
+        ranges = " and ".join(f"{name} {oldest} to {newest}" for name, (oldest, newest) in TESTED.items())
+        warnings.warn(
+            f"urform is tested with {ranges}; installed here: {', '.join(outside)}. It works on, but results may be "
+            "wrong: run its tests (`make test-newest`), or install a tested release",
+            stacklevel=3,
+        )
 
 
 class MissingDependencyError(ModuleNotFoundError, ValueError):

@@ -64,6 +64,8 @@ SMALLER = {
     "accelerate launch": ("", "--output-dir outputs/launched"),  # the line above it has filled the default folder
     "python benchmarks/": ("--quick --threads 1 --repeats 2 --warmup 1 --no-record",) * 2,
 }
+# Python blocks, by a word in them, that two processes run, in the slow test.
+TWO_PROCESSES = {"DistributedConfig"}
 # Words of commands that stand for something else than the file or folder of that name in the working folder.
 WORDS = {
     "urform convert SRC DST [--to FAMILY]": {"SRC": "DST", "DST": "BACK"},  # back what the line above it has made
@@ -169,6 +171,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("CHECKPOINT", "MODEL"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    config = urform.UrformConfig.from_preset("tiny-decoder", vocab_size=len(tokenizer))
+    urform.UrformForCausalLM(config).save_pretrained(folder / "DECODER")
     write_bundle(folder / "CHECKPOINT", folder / "PATH_OR_ID")
     sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
              "intermediate_size": 48, "max_position_embeddings": 64}  # fmt: skip
@@ -200,6 +204,8 @@ class MyTranslator(nn.Module):
 
 def names(document: str) -> dict[str, Any]:
     """What a document's Python blocks take for granted."""
+    if document == "docs/training.md":
+        return {"folder": "DECODER"}
     if document == "docs/attention.md":
         return dict(zip("qkv", torch.randn(3, 2, 5, 4, 8).unbind(), strict=True))
     return {"MyTranslator": MyTranslator} if document == "docs/families.md" else {}
@@ -307,9 +313,17 @@ RUNNERS: dict[str, Callable[[list[str], str | None], tuple[int, str]]] = {
 }
 
 
-def run_python(block: Block, namespace: dict[str, Any]) -> None:
+def run_python(block: Block, namespace: dict[str, Any], thorough: bool) -> None:
     """Run a block of README in a new process, any other here; `print(…)  # text` is held to its text."""
     code = "\n".join(block.lines)
+    if any(word in code for word in TWO_PROCESSES):
+        compile(code, block.place, "exec")
+        if thorough:
+            given = "".join(f"{name} = {value!r}\n" for name, value in namespace.items() if isinstance(value, str))
+            Path("script.py").write_text(given + code, encoding="utf-8")
+            status, text = run_processes(["torchrun", "--nproc-per-node", "2", "script.py"], None)
+            assert status == 0, f"{block.place}\n{text}"
+        return
     if block.document != "README.md":
         exec(compile("\n" * block.line + code, block.place, "exec"), namespace)
         return
@@ -333,7 +347,7 @@ def run_options(block: Block) -> None:
 
 def run_block(block: Block, namespace: dict[str, Any], thorough: bool) -> None:
     if block.kind == "python":
-        run_python(block, namespace)
+        run_python(block, namespace, thorough)
     elif block.kind == "yaml":
         Path("card.yaml").write_text("\n".join(block.lines), encoding="utf-8")
         assert read_card_data("card.yaml") == yaml.safe_load("\n".join(block.lines))
@@ -382,6 +396,8 @@ def test_exceptions_are_all_in_use() -> None:
     plain = [re.sub(r"^(\w+=\S* )+", "", normal(line)) for block in shells for line, _ in commands(block)]
     for exact in (NOT_RUN, WORDS, EXIT_CODES):
         assert set(exact) <= set(plain)
+    code = [line for document in DOCUMENTS for block in blocks(document) for line in block.lines]
+    assert all(any(word in line for line in code) for word in TWO_PROCESSES)
     for beginning in (*SLOW, *SMALLER):
         assert any(command.startswith(beginning) for command in plain), beginning
 

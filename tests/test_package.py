@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import urform
 from urform.configuration.bundle_stamp import NEEDS
+from urform.dependencies import TESTED
 
 ROOT = Path(urform.__file__).resolve().parent
 SKIPPED = {"__pycache__", ".venv", "build", "dist", "urform.egg-info"}
@@ -59,6 +61,43 @@ def test_import_costs_at_most_15_percent_over_transformers():
 def test_import_loads_neither_torch_nor_transformers():
     heavy = ("torch", "transformers", "triton", "numpy", "peft", "accelerate")
     assert run(f"import sys, urform; print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "transformers_version", "named"),
+    [
+        ("2.11.0", "5.24.3", []),
+        ("2.14.1+cpu", "5.17.0", []),
+        ("2.14.0", "5.25.0.dev0", ["transformers 5.25.0.dev0"]),
+        ("3.0", "6.0.1", ["torch 3.0", "transformers 6.0.1"]),
+        ("2.9.1", "5.17.0", ["torch 2.9.1"]),
+    ],
+)
+def test_untested_releases_are_warned_of_once(
+    torch_version: str, transformers_version: str, named: list[str], tmp_path: Path
+):
+    """By the metadata that stands first on the path, whatever else is installed; the modules are not imported."""
+    for name, number in (("torch", torch_version), ("transformers", transformers_version)):
+        folder = tmp_path / f"{name}-{number}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n", encoding="utf-8")
+    code = """
+import sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import urform
+    from urform.dependencies import TESTED
+    import urform.registration
+assert not {"torch", "transformers"} & sys.modules.keys()
+print(*(str(warning.message) for warning in caught), sep="\\n")
+assert [warning.filename for warning in caught] == ["<string>"] * len(caught)  # where it was imported
+"""
+    said = run(code, PYTHONPATH=str(tmp_path))
+    assert said.count("urform is tested with") == bool(named)
+    if named:
+        ranges = " and ".join(f"{name} {oldest} to {newest}" for name, (oldest, newest) in TESTED.items())
+        assert f"urform is tested with {ranges}; installed here: {', '.join(named)}." in said
+        assert run("import urform", PYTHONPATH=str(tmp_path), PYTHONWARNINGS="ignore:urform is tested with") == ""
 
 
 def test_model_import_adds_no_compiler_triton_or_cuda():
@@ -404,8 +443,9 @@ def test_metadata(wheel: Path):
         assert f"{name}>={least}" in needs  # no upper bound stands in a user's way
     tested = {Requirement(line).name: Requirement(line).specifier for line in needs if 'extra == "tested"' in line}
     assert tested.keys() == {"torch", "transformers"}
-    for name, specifier in tested.items():
-        assert NEEDS[name] in specifier and {s.operator for s in specifier} == {">=", "<"}
+    for name, (oldest, newest) in TESTED.items():
+        major, minor = newest.split(".")
+        assert oldest == NEEDS[name] and tested[name] == SpecifierSet(f">={oldest},<{major}.{int(minor) + 1}")
 
 
 def test_address_and_links():
