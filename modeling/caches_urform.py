@@ -22,7 +22,7 @@ def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | N
         raise ValueError("past_key_values and cache are two names of one argument; give one of them")
     if past_key_values is not None and CACHE == "cache" and not torch.compiler.is_compiling():
         warnings.warn(
-            "`past_key_values` is deprecated in transformers. Use `cache` instead.", DeprecationWarning, stacklevel=3
+            "`past_key_values` is deprecated in transformers. Use `cache` instead.", FutureWarning, stacklevel=3
         )
     return cache if past_key_values is None else past_key_values
 
