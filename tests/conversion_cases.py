@@ -1,7 +1,7 @@
 """What every family is held to, in both directions: `check_parity(stock)`; used by tests/test_conversion_*.py.
 
-The stock model is the reference. Weights, biases and norms are random and non-zero; the logits are of order one, so
-that 1e-5 means something.
+The stock model is the reference, and the truth in float64 (tests/numerics.py). Weights, biases and norms are random and
+non-zero; the logits are of order one.
 """
 
 import math
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import transformers as hf
+from numerics import assert_within, double, exact, finite_masks
 from torch import Tensor
 
 import urform
 
-EXACT = 1e-5
 SHIFTS_SOURCE = ("UrformForSequenceClassification", "UrformForQuestionAnswering")
 BOOKKEEPING = {"urform", "transformers_version", "architectures", "dtype", "_name_or_path"}
 
@@ -61,15 +61,13 @@ def largest(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item() if a.numel() else 0.0
 
 
-def close(have: Tensor, want: Tensor, what: str, where: Tensor | None = None) -> float:
-    """Asserts that they are equal to within 1e-5, of their size if they are no logits; returns the difference."""
-    assert have.shape == want.shape, f"{what}: {tuple(have.shape)} instead of {tuple(want.shape)}"
+def close(have: Tensor, want: Tensor, truth: Tensor, what: str, where: Tensor | None = None) -> float:
+    """Assert that they are equal but for the stock model's own rounding; return the difference."""
+    assert have.shape == want.shape == truth.shape, f"{what}: {tuple(have.shape)} instead of {tuple(want.shape)}"
     if where is not None:
-        have, want = have[where], want[where]
-    difference = largest(have, want)
-    size = 1.0 if "logits" in what else max(1.0, want.abs().max().item())
-    assert difference <= EXACT * size, f"{what} differs by {difference:.2e}"
-    return difference
+        have, want, truth = have[where], want[where], truth[where]
+    assert_within(have, want, truth, what)
+    return largest(have, want)
 
 
 def inputs_of(model: Any, kind: str, side: str) -> dict[str, Tensor]:
@@ -126,9 +124,11 @@ def compare(stock: Any, ours: Any, side: str, **more: Any) -> float:
     target = inputs["labels"] != -100 if pairs and kind == "UrformForConditionalGeneration" else None
     if pairs and kind in SHIFTS_SOURCE and "decoder_input_ids" not in inputs:
         target = real
-    with warnings.catch_warnings():
+    precise = exact(stock)
+    with warnings.catch_warnings(), finite_masks():
         warnings.simplefilter("ignore")
         want = stock(**inputs, output_hidden_states=True)
+        truth = precise(**double(inputs), output_hidden_states=True)
         have, deep = ours(**inputs), ours(**inputs, output_hidden_states=True)  # without padding, and with it
     worst = 0.0
     for name in ("logits", "start_logits", "end_logits", "last_hidden_state"):
@@ -141,20 +141,21 @@ def compare(stock: Any, ours: Any, side: str, **more: Any) -> float:
             where = target
         elif not pairs and name in ("last_hidden_state", "start_logits", "end_logits"):
             where = real
-        worst = max(worst, *(close(output[name], want[name], f"{name} ({side})", where) for output in (have, deep)))
+        for output in (have, deep):
+            worst = max(worst, close(output[name], want[name], truth[name], f"{name} ({side})", where))
     for name in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
         if want.get(name) is None:
             continue
         assert len(deep[name]) == len(want[name]), name
         where = target if name == "decoder_hidden_states" else real.flatten(0, -2)
-        for i, (a, b) in enumerate(zip(deep[name], want[name], strict=True)):
-            close(a, b, f"{name}[{i}] ({side})", where)
+        for i, states in enumerate(zip(deep[name], want[name], truth[name], strict=True)):
+            close(*states, f"{name}[{i}] ({side})", where)
     if want.get("loss") is not None and (kind != "UrformForQuestionAnswering" or side == "none"):
-        close(have.loss, want.loss, f"loss ({side})")
-        for model, output in ((stock, want), (ours, have)):
+        close(have.loss, want.loss, truth.loss, f"loss ({side})")
+        for model, output in ((stock, want), (ours, have), (precise, truth)):
             model.zero_grad()
             output.loss.backward()
-        for grads in zip(*(gradients(model) for model in (ours, stock)), strict=True):
+        for grads in zip(*(gradients(model) for model in (ours, stock, precise)), strict=True):
             close(*grads, f"gradient of the embeddings ({side})")
     return worst
 
@@ -172,10 +173,12 @@ def compare_pad_row(stock: Any, ours: Any) -> None:
         return
     inputs = inputs_of(stock, type(ours).__name__, "right")
     inputs["input_ids"][0, 3] = stock.config.pad_token_id
-    for model in (stock, ours):
-        model.zero_grad()
-        model(**inputs).loss.backward()
-    for grads in zip(*(gradients(model) for model in (ours, stock)), strict=True):
+    models = (ours, stock, exact(stock))
+    with finite_masks():
+        for model in models:
+            model.zero_grad()
+            model(**inputs).loss.backward()
+    for grads in zip(*map(gradients, models), strict=True):
         close(*grads, "gradient of the embeddings with a pad token inside a text")
 
 
@@ -207,10 +210,11 @@ def compare_cached(stock: Any, ours: Any) -> None:
     """A decoder's logits piece by piece through a cache, against the stock model's."""
     ids, _ = padded("none", stock.config.vocab_size, 0, rows=2)
     caches: dict[Any, Any] = {}
+    models = (ours, stock, exact(stock))
     with torch.no_grad():
         for piece in ids.split([4, 1, 4], dim=1):
             logits = []
-            for model in (ours, stock):
+            for model in models:
                 output = model(input_ids=piece, past_key_values=caches.get(model), use_cache=True)
                 caches[model] = output.past_key_values
                 logits.append(output.logits)

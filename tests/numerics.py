@@ -6,10 +6,12 @@ AMX. Here float64 decides: a result may be at most twice as far from it as the f
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -19,6 +21,34 @@ def exact(model: Any) -> Any:
     with torch.no_grad():
         twin: nn.Module = copy.deepcopy(model)
     return twin.double()
+
+
+def double(tree: Any) -> Any:
+    """Return a mapping or tensor with its floats in float64."""
+    if isinstance(tree, Mapping):
+        return {name: double(value) for name, value in tree.items()}
+    return tree.double() if isinstance(tree, Tensor) and tree.is_floating_point() else tree
+
+
+@contextmanager
+def finite_masks() -> Iterator[None]:
+    """Let stock models compute in float64 what they compute in float32.
+
+    They take the softmax in float32, where the lowest number of float64, of which their masks are made, is -inf: rows
+    that see no key, and all that read them, would be NaN.
+    """
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    eager = masks["eager"]
+
+    def clamped(*args: Any, **kwargs: Any) -> Tensor | None:
+        mask = eager(*args, **kwargs)
+        return mask if mask is None else mask.clamp(min=torch.finfo(torch.float32).min)
+
+    masks["eager"] = clamped
+    try:
+        yield
+    finally:
+        masks["eager"] = eager
 
 
 def twice(model: Any, call: Callable[[Any], Any]) -> tuple[Any, Any]:
@@ -36,8 +66,20 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from leaves(value, f"{name}.{key}" if name else str(key))
 
 
-def assert_within(found: Any, reference: Any, truth: Any, what: str = "") -> float:
-    """Assert `max|found - truth| <= 2 max|reference - truth| + tiny` for every tensor; return the largest difference.
+def compare(found: Any, reference: Any, truth: Any, what: str = "") -> Iterator[tuple[str, float, float]]:
+    """Give name, error and bound of every tensor, by the rule of `assert_within`."""
+    mine, theirs, right = (dict(leaves(tree, what)) for tree in (found, reference, truth))
+    assert mine.keys() == theirs.keys() == right.keys(), sorted(mine.keys() ^ right.keys())
+    overall = max((tensor.abs().max().item() for tensor in right.values() if tensor.numel()), default=0.0)
+    for name, want in ((name, tensor.double()) for name, tensor in right.items()):
+        assert mine[name].shape == theirs[name].shape == want.shape, f"{name}: {mine[name].shape}, {want.shape}"
+        if want.numel():
+            error, allowed = ((t.double() - want).abs().max().item() for t in (mine[name], theirs[name]))
+            yield name, error, 2 * allowed + EPS * (8 * want.abs().max().item() + overall)
+
+
+def assert_within(found: Any, reference: Any, truth: Any, what: str = "") -> None:
+    """Assert `max|found - truth| <= 2 max|reference - truth| + tiny` for every tensor.
 
     Args:
         found: What is tested, in float32: a tensor, or a mapping or sequence of tensors.
@@ -47,16 +89,5 @@ def assert_within(found: Any, reference: Any, truth: Any, what: str = "") -> flo
 
     `tiny` is eight roundings of the tensor's largest value, and one of the largest of all: some gradients cancel to 0.
     """
-    mine, theirs, right = (dict(leaves(tree, what)) for tree in (found, reference, truth))
-    assert mine.keys() == theirs.keys() == right.keys(), sorted(mine.keys() ^ right.keys())
-    overall = max((tensor.abs().max().item() for tensor in right.values() if tensor.numel()), default=0.0)
-    worst = 0.0
-    for name, want in ((name, tensor.double()) for name, tensor in right.items()):
-        assert mine[name].shape == theirs[name].shape == want.shape, f"{name}: {mine[name].shape}, {want.shape}"
-        if not want.numel():
-            continue
-        error, allowed = ((t.double() - want).abs().max().item() for t in (mine[name], theirs[name]))
-        bound = 2 * allowed + EPS * (8 * want.abs().max().item() + overall)
-        assert error <= bound, f"{name}: {error:.3g} from float64, the reference {allowed:.3g}; allowed {bound:.3g}"
-        worst = max(worst, (mine[name] - theirs[name]).abs().max().item())
-    return worst
+    for name, error, bound in compare(found, reference, truth, what):
+        assert error <= bound, f"{name}: {error:.3g} from float64; allowed are {bound:.3g}"

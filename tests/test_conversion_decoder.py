@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from conversion_cases import check_parity, check_round_trip, random_stock, shake
+from numerics import assert_within, twice
 
 import urform
 from urform import UrformConfig
@@ -278,12 +279,13 @@ def test_a_model_of_urform_survives_the_way_there_and_back(name: str) -> None:
         back.set_attn_implementation("eager")  # transformers 5.17 drops Gemma's softcap under sdpa, its default
         with torch.no_grad():
             ids = torch.randint(3, 37, (2, 9))
-            assert (back(ids).logits - ours(ids).logits).abs().max() <= 1e-5
+            assert_within(ours(ids).logits, *twice(back, lambda m, ids=ids: m(ids).logits))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = urform.to_transformers(ours)
         found.set_attn_implementation("eager")
-        assert (found(ids).logits - ours(ids).logits).abs().max() <= 1e-5, found.config.model_type
+        want = twice(found, lambda m, ids=ids: m(ids).logits)
+        assert_within(ours(ids).logits, *want, found.config.model_type)
 
 
 def test_no_family_for_a_config_names_what_stands_in_the_way_of_each() -> None:
@@ -312,7 +314,7 @@ def test_fine_tuned_here_and_used_there(tmp_path: Path) -> None:
     assert again.config.layerdrop == 0.1 and again.config.custom_note == "kept"
     assert again.generation_config.max_new_tokens == 7
     with torch.no_grad():
-        assert (again(ids).logits - ours(ids).logits).abs().max() <= 1e-5
+        assert_within(ours(ids).logits, *twice(again, lambda m: m(ids).logits))
         assert (again(ids).logits - stock(ids).logits).abs().max() > 1e-3
 
 
@@ -331,11 +333,12 @@ def test_what_came_with_a_config_never_changes_a_number() -> None:
     ours = urform.from_transformers(stock)
     assert ours.config.norm_position == "pre" and ours.config.classifier_activation == "tanh"
     ids = torch.randint(3, 61, (2, 9))
-    assert (ours(ids).logits - stock(ids).logits).abs().max() <= 1e-5
+    want = twice(stock, lambda m: m(ids).logits)
+    assert_within(ours(ids).logits, *want)
     ours.config.source_fields = {"scale_attn_by_inverse_layer_idx": True, "n_inner": 96}
     back = urform.to_transformers(ours)
     assert not back.config.scale_attn_by_inverse_layer_idx
-    assert (back(ids).logits - stock(ids).logits).abs().max() <= 1e-5
+    assert_within(back(ids).logits, *want)
     classifier = random_stock("GPT2ForSequenceClassification", 0, **SMALL)
     classifier.config.urform = {"classifier_activation": "tanh"}  # the language model's, where it meant nothing
     assert urform.from_transformers(classifier).config.classifier_activation is None

@@ -19,6 +19,7 @@ from conversion_cases import (
     same_state,
     shake,
 )
+from numerics import assert_within, double, exact, finite_masks, twice
 from safetensors.torch import load_file, save_file
 from test_conversion_decoder import draw_rope
 from torch import Tensor, nn
@@ -190,19 +191,19 @@ def compare_inputs(stock: Any) -> None:
     for what, case in cases.items():
         gradients = []
         results = []
-        for model in (ours, stock):
+        for model in (ours, stock, exact(stock)):
             model.zero_grad()
-            found, scalar = outputs(model, case)
+            found, scalar = outputs(model, double(case) if model.dtype == torch.float64 else case)
             scalar.backward()
             results.append(found)
             gradients.append({kind: table.weight.grad for kind, table in tables(model).items()})
-        for have, want in zip(*results, strict=True):
-            close(have, want, f"output ({what})")
+        for each in zip(*results, strict=True):
+            close(*each, f"output ({what})")
         for kind, want in gradients[1].items():
             have = gradients[0][kind]
             assert (have is None) == (want is None), kind
             if want is not None:
-                close(have, want, f"gradient of the {kind} ({what})")
+                close(have, want, gradients[2][kind], f"gradient of the {kind} ({what})")
 
 
 @pytest.mark.parametrize(("name", "stock"), HEADS)
@@ -237,12 +238,12 @@ def test_left_padded_classification_reads_the_first_real_token(name: str, stock:
     if stock != "ModernBertForMultipleChoice":  # which finds it by the mask
         base.get_submodule(last).register_forward_hook(move)
     results = []
-    for each in (ours, model):
-        output = each(**inputs)
-        output.loss.backward()
-        results.append((output.logits, output.loss, each.get_input_embeddings().weight.grad))
-    for have, want in zip(*results, strict=True):
-        close(have, want, "output under left padding")
+    with finite_masks():
+        for each in (ours, model, exact(model)):
+            output = each(**inputs)
+            output.loss.backward()
+            results.append((output.logits, output.loss, each.get_input_embeddings().weight.grad))
+    assert_within(*results, "output under left padding")
 
 
 def test_classification_with_several_labels_and_numbers() -> None:
@@ -256,7 +257,8 @@ def test_classification_with_several_labels_and_numbers() -> None:
             model = build(stock, name, 2, id2label=names, problem_type=kind)
             ours = urform.from_transformers(model)
             inputs = {**inputs_of(model, type(ours).__name__, "right"), "labels": target}
-            close(ours(**inputs).loss, model(**inputs).loss, f"loss of {stock}, {kind}")
+            truth = exact(model)(**double(inputs)).loss
+            close(ours(**inputs).loss, model(**inputs).loss, truth, f"loss of {stock}, {kind}")
 
 
 def test_sparse_prediction_is_the_same_loss() -> None:
@@ -265,7 +267,7 @@ def test_sparse_prediction_is_the_same_loss() -> None:
     with pytest.warns(UserWarning, match="sparse_prediction=True"):
         ours = urform.from_transformers(model)
     inputs = inputs_of(model, "UrformForMaskedLM", "right")
-    close(ours(**inputs).loss, model(**inputs).loss, "loss")
+    close(ours(**inputs).loss, *twice(model, lambda m: m(**inputs).loss), "loss")
     assert urform.to_transformers(ours).config.sparse_prediction
 
 
@@ -309,7 +311,8 @@ def test_pretraining_comes_back_with_the_next_sentence(tmp_path: Path) -> None:
     ours = urform.from_transformers(model)
     ids, mask = padded("right", model.config.vocab_size, 0)
     logits = ours(input_ids=ids, attention_mask=mask).logits
-    close(logits, model(input_ids=ids, attention_mask=mask).prediction_logits, "logits", mask.bool())
+    want = twice(model, lambda m: m(input_ids=ids, attention_mask=mask).prediction_logits)
+    close(logits, *want, "logits", mask.bool())
     back = urform.to_transformers(ours)
     assert type(back) is hf.BertForPreTraining
     same_state(back, model)
@@ -375,8 +378,9 @@ def test_a_published_checkpoint(tmp_path: Path) -> None:
     texts = ["A man is eating food.", "Convert it and go back: nothing may be lost on the way."]
     inputs = hf.AutoTokenizer.from_pretrained(tmp_path / "ours")(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
-        have, want = ours(**inputs).last_hidden_state, stock(**inputs).last_hidden_state
-    close(have, want, "last_hidden_state", inputs["attention_mask"].bool())
+        have = ours(**inputs).last_hidden_state
+        want = twice(stock, lambda m: m(**inputs).last_hidden_state)
+    close(have, *want, "last_hidden_state", inputs["attention_mask"].bool())
     same_state(urform.to_transformers(ours), stock)
 
 
@@ -393,7 +397,7 @@ def test_fine_tuned_here_and_served_there(name: str, stock: str, tmp_path: Any) 
     served, info = getattr(hf, stock).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
     assert not any(info.values()), info
     real = inputs["attention_mask"].bool() if stock.endswith("MaskedLM") else None
-    close(ours(**inputs).logits, served(**inputs).logits, "logits", real)
+    close(ours(**inputs).logits, *twice(served, lambda m: m(**inputs).logits), "logits", real)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -491,8 +495,8 @@ def test_a_model_of_urform_survives_the_way_there_and_back(name: str) -> None:
         shake(ours)
         there = check_round_trip(ours, name)
         ids, mask = padded("right", ours.config.vocab_size, 0)
-        have, want = (model(input_ids=ids, attention_mask=mask).logits for model in (ours, there))
-        close(have, want, "logits", None if "Sequence" in head.stock else mask.bool())
+        logits = (model(input_ids=ids, attention_mask=mask).logits for model in (ours, there, exact(there)))
+        close(*logits, "logits", None if "Sequence" in head.stock else mask.bool())
 
 
 def test_an_encoder_without_token_types_is_a_bert_whose_types_are_zero() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from conversion_cases import check_parity, check_round_trip, close, padded, random_stock, same_state, shake
+from numerics import exact, twice
 from safetensors.torch import load_file, save_file
 
 import urform
@@ -151,10 +152,11 @@ def test_targets_piece_by_piece_through_a_cache(name: str) -> None:
     target = padded("none", vocab, pad)[0]
     target[0, 2], target[1, 5] = pad, pad
     caches: dict[Any, Any] = {}
+    models = (ours, stock, exact(stock))
     with torch.no_grad():
         for piece in target.split([4, 1, 4], dim=1):
             logits = []
-            for model in (ours, stock):
+            for model in models:
                 output = model(
                     input_ids=ids,
                     attention_mask=mask,
@@ -183,8 +185,9 @@ def test_fine_tuned_here_and_used_there(name: str, tmp_path: Path) -> None:
     loaded = type(stock).from_pretrained(tmp_path)
     after = ours(**batch)
     assert after.loss < before
-    close(loaded(**batch).logits, after.logits, "logits")
-    close(urform.from_transformers(str(tmp_path))(**batch).logits, after.logits, "logits")
+    truth = exact(loaded)(**batch).logits
+    close(after.logits, loaded(**batch).logits, truth, "logits")
+    close(urform.from_transformers(str(tmp_path))(**batch).logits, loaded(**batch).logits, truth, "logits")
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -195,14 +198,15 @@ def test_a_training_step_is_the_same_step(name: str) -> None:
     ours = urform.from_transformers(stock)
     ids, mask = padded("right", stock.config.vocab_size, stock.config.pad_token_id)
     labels = padded("none", stock.config.vocab_size, stock.config.pad_token_id, 6)[0]
-    for model in (stock, ours):
+    precise = exact(stock)
+    for model in (stock, ours, precise):
         model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.0 if parameter.grad is None else parameter.grad, alpha=-1)
-    want, have = urform.from_transformers(stock).state_dict(), ours.state_dict()
+    have, (want, truth) = ours.state_dict(), (urform.from_transformers(m).state_dict() for m in (stock, precise))
     for key in have.keys() - {"lm_head.bias"}:
-        close(have[key], want[key], key)
+        close(have[key], want[key], truth[key], key)
 
 
 def test_labels_that_end_in_pad_tokens_begin_with_the_language_as_in_mbart() -> None:
@@ -212,9 +216,10 @@ def test_labels_that_end_in_pad_tokens_begin_with_the_language_as_in_mbart() -> 
     ids, mask = padded("right", stock.config.vocab_size, pad)
     labels = padded("none", stock.config.vocab_size, pad, 6)[0]
     labels[1, 4:] = pad
-    want, have = (model(input_ids=ids, attention_mask=mask, labels=labels) for model in (stock, ours))
-    close(have.logits, want.logits, "logits")
-    close(have.loss, want.loss, "loss")
+    models = (ours, stock, exact(stock))
+    outputs = [model(input_ids=ids, attention_mask=mask, labels=labels) for model in models]
+    close(*(output.logits for output in outputs), "logits")
+    close(*(output.loss for output in outputs), "loss")
 
 
 @pytest.mark.parametrize("name", ["t5", "mt5"])
@@ -226,7 +231,8 @@ def test_a_classified_text_does_not_depend_on_padding(name: str) -> None:
     ids[:, -1] = stock.config.eos_token_id
     have = ours(input_ids=ids, attention_mask=mask).logits
     for row, real in enumerate(mask.bool()):
-        close(have[row], stock(input_ids=ids[row][real][None]).logits[0], "logits")
+        alone = ids[row][real][None]
+        close(have[row], *twice(stock, lambda m, alone=alone: m(input_ids=alone).logits[0]), "logits")
 
 
 SMALL = {
@@ -384,8 +390,8 @@ def test_a_model_of_urform_survives_the_way_there_and_back(name: str, head: str)
     ids, mask = padded("right", 37, 0)
     ids[:, -1] = ours.config.eos_token_id  # stock classifiers read what stands where the source has it
     target = padded("none", 37, 0)[0]
-    have, want = (model(input_ids=ids, attention_mask=mask, decoder_input_ids=target)[0] for model in (ours, stock))
-    close(have, want, "logits")
+    models = (ours, stock, exact(stock))
+    close(*(m(input_ids=ids, attention_mask=mask, decoder_input_ids=target)[0] for m in models), "logits")
 
 
 def test_an_encoder_of_either_architecture_is_t5s() -> None:
@@ -399,11 +405,8 @@ def test_an_encoder_of_either_architecture_is_t5s() -> None:
     for ours in (part, own):
         stock = check_round_trip(ours)
         assert type(stock) is hf.T5EncoderModel
-        close(
-            ours(input_ids=ids, attention_mask=mask)[0][mask.bool()],
-            stock.eval()(input_ids=ids, attention_mask=mask)[0][mask.bool()],
-            "hidden states",
-        )
+        states = (m(input_ids=ids, attention_mask=mask)[0] for m in (ours, stock.eval(), exact(stock)))
+        close(*states, "hidden states", mask.bool())
 
 
 @pytest.mark.parametrize(

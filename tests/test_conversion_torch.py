@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from conversion_cases import close, padded, shake
+from numerics import assert_within, exact, twice
 from torch import Tensor, nn
 
 import urform
@@ -89,20 +90,24 @@ def test_encoder_decoder(options: dict[str, Any]) -> None:
     assert type(ours) is urform.UrformForConditionalGeneration and not ours.training
     assert ours.config.hidden_dropout_prob == ours.config.attention_dropout == ours.config.activation_dropout == 0.3
     source, target, mask, target_mask = batch()
-    want = theirs(source, target, mask == 0, target_mask == 0)
+    precise = exact(theirs)
+    want, truth = (module(source, target, mask == 0, target_mask == 0) for module in (theirs, precise))
     have = ours(
         input_ids=source, attention_mask=mask, decoder_input_ids=target, decoder_attention_mask=target_mask
     ).logits
     real = target_mask.bool()
-    close(have, want, "logits", real)
+    close(have, want, truth, "logits", real)
 
-    for logits in (want, have):
+    for logits in (want, have, truth):
         nn.functional.cross_entropy(logits[real], target[real]).backward()
     model = ours.model
-    close(model.encoder.embed_tokens.weight.grad, theirs.embedding.weight.grad, "gradient of the embeddings")
-    close(model.decoder.embed_tokens.weight.grad, theirs.target_embedding.weight.grad, "gradient of the target's")
     places = model.encoder.embed_positions.weight.grad + model.decoder.embed_positions.weight.grad
-    close(places, theirs.positions.grad.reshape(LENGTH, WIDTH), "gradient of the positions")
+    mine = (model.encoder.embed_tokens.weight.grad, model.decoder.embed_tokens.weight.grad, places)
+    other = [
+        (x.embedding.weight.grad, x.target_embedding.weight.grad, x.positions.grad.reshape(LENGTH, WIDTH))
+        for x in (theirs, precise)
+    ]
+    assert_within(mine, *other, "gradients of the tables")
 
     tokens = torch.ones(3, 1, dtype=torch.long)
     for _ in range(5):
@@ -159,8 +164,13 @@ def test_encoder_and_decoder_alone(norm_first: bool, causal: bool, width: int | 
     ids, _, mask, _ = batch()
     length = ids.shape[1]
     forbidden = torch.ones(length, length, dtype=torch.bool).triu(1) if causal else None
-    states = stack(table(ids) + places.weight[:length], mask=forbidden, src_key_padding_mask=mask == 0)
-    close(ours(input_ids=ids, attention_mask=mask)[0], output(states), "logits", mask.bool())
+    want, truth = (
+        to(output)(
+            to(stack)(to(table)(ids) + to(places).weight[:length], mask=forbidden, src_key_padding_mask=mask == 0)
+        )
+        for to in (lambda module: module, exact)
+    )
+    close(ours(input_ids=ids, attention_mask=mask)[0], want, truth, "logits", mask.bool())
 
 
 def test_sinusoidal_and_no_positions() -> None:
@@ -169,14 +179,15 @@ def test_sinusoidal_and_no_positions() -> None:
     table = nn.Embedding(VOCAB, WIDTH)
     ids = torch.randint(0, VOCAB, (2, 50))
     rate = torch.exp(torch.arange(0, WIDTH, 2).double() * (-math.log(10000.0) / WIDTH))
-    waves = torch.zeros(50, WIDTH)
+    waves = torch.zeros(50, WIDTH, dtype=torch.float64)
     waves[:, 0::2], waves[:, 1::2] = (
         (torch.arange(50)[:, None] * rate).sin(),
         (torch.arange(50)[:, None] * rate).cos(),
     )
     for positions, added in (("sinusoidal", waves), (None, 0.0)):
         ours = urform.from_torch_transformer(stack, embeddings=table, positions=positions)
-        close(ours(input_ids=ids)[0], stack(table(ids) + added), "hidden states")
+        want = (stack(table(ids) + torch.as_tensor(added).float()), exact(stack)(exact(table)(ids) + added))
+        close(ours(input_ids=ids)[0], *want, "hidden states")
 
 
 def test_a_causal_encoder_of_pytorch_is_a_gpt2() -> None:
@@ -195,7 +206,7 @@ def test_a_causal_encoder_of_pytorch_is_a_gpt2() -> None:
     stock = urform.to_transformers(ours, "gpt2")
     assert type(stock) is hf.GPT2LMHeadModel
     ids = torch.randint(0, VOCAB, (2, 9))
-    close(stock(input_ids=ids).logits, ours(input_ids=ids).logits, "logits")
+    close(ours(input_ids=ids).logits, *twice(stock, lambda m: m(input_ids=ids).logits), "logits")
 
 
 class Changed(nn.TransformerEncoderLayer):
@@ -281,4 +292,4 @@ def test_activations_are_known_or_can_be_named(activation: Any, named: dict[str,
     table = nn.Embedding(VOCAB, WIDTH)
     ours = urform.from_torch_transformer(stack, embeddings=table, **named)
     ids = torch.randint(0, VOCAB, (2, 9))
-    close(ours(input_ids=ids)[0], stack(table(ids)), "hidden states")
+    close(ours(input_ids=ids)[0], stack(table(ids)), exact(stack)(exact(table)(ids)), "hidden states")
