@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainerCallback, 
 import urform
 from urform.training import preflight
 from urform.training.preflight import position_limits, product_time_ratio, settle_precision
-from urform.training.recipe import load_recipe
+from urform.training.recipe import DataArguments, load_recipe
 from urform.training.run import evaluate, train
+from urform.training.tasks import place_of
 
 _spec = importlib.util.spec_from_file_location("training_fixtures", Path(__file__).with_name("test_training.py"))
 assert _spec is not None and _spec.loader is not None
