@@ -201,16 +201,15 @@ def evaluate(
     """
     with _clean_errors(debug):
         _refuse_options(context, _LM_EVAL_ONLY if lm_eval is None else _PARALLEL_ONLY, lm_eval is not None)
-        if lm_eval is None and source is None:
-            raise ValueError("name a file to score the model on, or a task of lm-eval: --lm-eval TASK")
-        _set_up_logging(quiet)
         if lm_eval is not None:
+            _set_up_logging(quiet)
             from ..training.harness import evaluate_harness
 
+            names = [name for given in lm_eval for name in given.split(",")]
             with redirect_stdout(sys.stderr):
                 metrics = evaluate_harness(
                     model_dir,
-                    [name for names in lm_eval for name in names.split(",")],
+                    names,
                     include_path=include_path,
                     num_fewshot=num_fewshot,
                     limit=limit,
@@ -218,6 +217,9 @@ def evaluate(
                 )
             typer.echo(json.dumps(metrics, ensure_ascii=False, indent=1, default=float))
             return
+        if source is None:
+            raise ValueError("name a file to score the model on, or a task of lm-eval: --lm-eval TASK")
+        _set_up_logging(quiet)
         from ..training.data_files import read_parallel, read_records
         from ..training.run import evaluate as run_evaluate
 
