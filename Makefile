@@ -3,18 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+TOOLS_VENV := .venv-tools
+TOOLS := trl lm-eval peft ctranslate2 datasets fastapi uvicorn openai
 BENCHMARKS := attention loss train_step generate families
 DEMO_STAMP := $(VENV)/.demo-installed
 DEV_STAMP := $(VENV)/.dev-installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest test-oldest lint types format bench constraints clean
+.PHONY: help demo test test-all test-newest test-oldest test-tools lint types format bench constraints clean
 
 help:
 	@echo "make demo [ARGS=...]  train a small translator and try it      make test      the tests"
 	@echo "make test-all         with the slow ones                       make lint      ruff and mypy"
 	@echo "make test-newest      on the newest torch and transformers     make test-oldest  on the oldest that are supported"
+	@echo "make test-tools       TRL, PEFT, lm-eval and others, in .venv-tools"
 	@echo "make bench            time kernels, steps, generation          make clean     remove what can be rebuilt"
 
 $(BIN)/python:
@@ -56,6 +59,17 @@ test-oldest:
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		.venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist loadscope $(ARGS)
 
+# The newest tools that go with the tested torch and transformers, apart from .venv, which stays small.
+$(TOOLS_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TOOLS_VENV)
+	grep -E '^(torch|transformers)==' constraints.txt > $(TOOLS_VENV)/constraints.txt
+	$(TOOLS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TOOLS_VENV)/constraints.txt \
+		-e '.[dev]' $(TOOLS)
+	@touch $@
+
+test-tools: $(TOOLS_VENV)/.installed
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(TOOLS_VENV)/bin/python -m pytest -q -rs $(ARGS) tests/test_tools_*.py
+
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,5 +92,5 @@ constraints: $(DEV_STAMP)
 	@echo "constraints.new written; compare it with constraints.txt (which keeps markers for Python 3.10)"
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis constraints.new
+	rm -rf $(VENV) $(TOOLS_VENV) .venv-newest .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis constraints.new
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -104,10 +104,35 @@ def _register_classes(import_utils: Any) -> None:
 
 def _register_peft_targets(constants: Any) -> None:
     # The defaults of every method that has some for Llama, whose linear layers are named as ours are. Norms are not.
-    own = {"TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING": ["self_attn_norm", "cross_attn_norm", "mlp_norm"]}
+    norms = ["self_attn_norm", "cross_attn_norm", "mlp_norm", "norm"]
+    own = {"TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING": norms}
     for name, mapping in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in mapping:
             mapping.setdefault("urform", own.get(name, mapping["llama"]))
+
+
+def _register_auto_peft(auto: Any) -> None:
+    # An adapter without a task type names the module of its base model, which AutoPeftModel imports from a list only.
+    if hasattr(auto, "get_default_import_allowlist"):
+        others = auto.get_default_import_allowlist
+        auto.get_default_import_allowlist = lambda: [*others(), _PACKAGE]
+
+
+def _register_trainable_tokens(model: Any) -> None:
+    # PEFT ties what is tied to the table that it wraps, and fails where it has wrapped the tied one too: a target
+    # `embed_tokens` means the encoder's table where the decoder shares it.
+    prepare = model.TrainableTokensModel._prepare_adapter_config
+
+    def _prepare_adapter_config(self: Any, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        peft_config = prepare(self, peft_config, model_config)
+        ours = model_config.get("model_type") == "urform" and model_config.get("architecture") == "encoder-decoder"
+        targets = peft_config.target_modules
+        names = set() if isinstance(targets, str) else set(targets)  # a string is a regular expression
+        if ours and model_config.get("share_embeddings") and "embed_tokens" in names:
+            peft_config.target_modules = (names - {"embed_tokens"}) | {"encoder.embed_tokens"}
+        return peft_config
+
+    model.TrainableTokensModel._prepare_adapter_config = _prepare_adapter_config
 
 
 def _register_lm_eval(huggingface: Any) -> None:
@@ -151,6 +176,8 @@ _RULES: list[tuple[Sequence[str], Callable[..., None]]] = [
     (("transformers.modeling_utils",), _register_attention),
     (("transformers.modeling_utils", f"{_PACKAGE}.modeling.attention_interface"), _register_imported_attention),
     (("peft.utils.constants",), _register_peft_targets),
+    (("peft.auto",), _register_auto_peft),
+    (("peft.tuners.trainable_tokens.model",), _register_trainable_tokens),
     (("lm_eval.models.huggingface",), _register_lm_eval),
     ((f"{_PACKAGE}.configuration.bundle_urform",), _register_card),
     (("transformers.trainer",), _register_trainer),

@@ -1,8 +1,10 @@
 # Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
 """transformers' caches, under both of their names: `past_key_values` up to 5.23, `cache` from 5.24 on."""
 
+import warnings
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
@@ -18,6 +20,10 @@ def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | N
     """
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("past_key_values and cache are two names of one argument; give one of them")
+    if past_key_values is not None and CACHE == "cache" and not torch.compiler.is_compiling():
+        warnings.warn(
+            "`past_key_values` is deprecated in transformers. Use `cache` instead.", FutureWarning, stacklevel=3
+        )
     return cache if past_key_values is None else past_key_values
 
 

@@ -174,7 +174,8 @@ class UrformModel(UrformPreTrainedModel):
             "position_ids": decoder_position_ids,
             "inputs_embeds": decoder_inputs_embeds,
         }
-        caching = {"past_key_values": given_cache(past_key_values, cache), "use_cache": use_cache}
+        cache = given_cache(past_key_values, cache)
+        caching = {**cache_field(cache), "use_cache": use_cache}
         if config.is_encoder_decoder:
             source["token_type_ids"] = token_type_ids
             return self._encode_decode(source, {**target, **caching}, encoder_outputs, **kwargs)
@@ -184,8 +185,7 @@ class UrformModel(UrformPreTrainedModel):
                 raise ValueError(f"{name} is for an encoder-decoder; this is architecture={config.architecture!r}")
         if config.architecture == "decoder":
             return self.decoder(**source, **caching, **kwargs)
-        cache = caching["past_key_values"]
-        return self.encoder(**source, token_type_ids=token_type_ids, past_key_values=cache, **kwargs)
+        return self.encoder(**source, token_type_ids=token_type_ids, **cache_field(cache), **kwargs)
 
     def _encode_decode(
         self,
@@ -472,6 +472,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             logits_to_keep: Compute logits of the last so many positions only (0: all), or of those indexed.
             skip_logits: Return a loss without logits; None: in training. See `loss_and_logits` for the loss's options.
         """
+        cache = given_cache(past_key_values, cache)
         given = decoder_input_ids is not None or decoder_inputs_embeds is not None
         trains = kwargs.get("num_items_in_batch") is not None or (self.training and torch.is_grad_enabled())
         if labels is None and not given and trains:
@@ -487,9 +488,8 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
                 decoder_attention_mask = real_targets(labels, given, seen=not skip_logits)
             if not given:
                 decoder_input_ids = decoder_inputs(self.config, labels, decoder_attention_mask)
-            past = given_cache(past_key_values, cache)
-            if past is not None and decoder_attention_mask is not None:  # a trained prefix (PEFT) is real
-                missing = past.get_seq_length() + labels.shape[1] - decoder_attention_mask.shape[1]
+            if cache is not None and decoder_attention_mask is not None:  # a trained prefix (PEFT) is real
+                missing = cache.get_seq_length() + labels.shape[1] - decoder_attention_mask.shape[1]
                 decoder_attention_mask = nn.functional.pad(decoder_attention_mask, (max(missing, 0), 0), value=1)
         outputs = self.model(
             input_ids=input_ids,
@@ -498,10 +498,10 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             decoder_attention_mask=decoder_attention_mask,
             decoder_position_ids=decoder_position_ids,
             encoder_outputs=encoder_outputs,
-            past_key_values=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            **cache_field(cache),
             **_without_loss(kwargs),
         )
         loss, logits = self.loss_and_logits(
@@ -537,22 +537,22 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
             logits_to_keep: Compute logits of the last so many positions only (0: all), or of those indexed.
             skip_logits: Return a loss without logits; None: in training. See `loss_and_logits` for the loss's options.
         """
-        past_key_values = given_cache(past_key_values, cache)
-        if labels is not None and use_cache is None and past_key_values is None:
+        cache = given_cache(past_key_values, cache)
+        if labels is not None and use_cache is None and cache is None:
             use_cache = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **cache_field(cache),
             **_without_loss(kwargs),
         )
         if labels is not None:
             mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
             length, starts = labels.shape[1], kwargs.get("cu_seq_lens_q")
-            documents = find_documents(length, None if past_key_values is not None else position_ids, mask, starts)
+            documents = find_documents(length, None if cache is not None else position_ids, mask, starts)
             follows = follows_its_own(length, mask, documents, labels.device)
             labels = labels if follows is None else labels.masked_fill(~follows, -100)
         loss, logits = self.loss_and_logits(

@@ -183,6 +183,11 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
         return embeddings
 
 
+def _bool_mask(mask: Any) -> Any:
+    """A padding mask `[B, S]` in a float type, as PEFT's prefixes make it, in bool; any other mask as it is."""
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and mask.is_floating_point() else mask
+
+
 class UrformStack(UrformPreTrainedModel):
     """Embeddings, layers and final norm: the encoder or the decoder. Use `UrformEncoder` or `UrformDecoder`."""
 
@@ -401,6 +406,9 @@ class UrformStack(UrformPreTrainedModel):
         """Inputs to final hidden states; `cross` holds the encoder's states, padding mask and documents."""
         self._check_inputs(input_ids, inputs_embeds)
         given = input_ids if inputs_embeds is None else inputs_embeds
+        attention_mask = _bool_mask(attention_mask)
+        if cross is not None:
+            cross = (cross[0], _bool_mask(cross[1]), cross[2])
         mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         past = cache.get_seq_length() if cache is not None else 0
         packed = kwargs.get("cu_seq_lens_q")
@@ -580,11 +588,13 @@ class UrformEncoder(UrformStack):
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
         """See `UrformModel.forward`; `past_key_values` is a prefix that every token sees (Li & Liang 2021)."""
-        if past_key_values is not None:
-            kwargs.update(past_key_values=past_key_values, cache=past_key_values)
+        cache = given_cache(past_key_values, cache)
+        if cache is not None:
+            kwargs.update(past_key_values=cache, cache=cache)
         states = self._run(input_ids, inputs_embeds, attention_mask, position_ids, token_type_ids, **kwargs)
         return BaseModelOutput(last_hidden_state=states)
 

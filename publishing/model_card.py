@@ -161,9 +161,10 @@ def _metadata(
 
     data = record.recipe.get("data", {})
     task = str(given.get("pipeline_tag") or TASKS.get(auto_class(config), "feature-extraction"))
-    languages = {data.get("source_language"), data.get("target_language"), *tags_for}
+    codes = {data.get("source_language"), data.get("target_language"), *tags_for} - {None, ""}
+    languages = {re.split("[-_]", str(code))[0].lower() for code in codes}  # a card names languages, not their scripts
     found = {
-        "language": sorted(c for c in languages if c and re.fullmatch(r"[a-z]{2,3}", c)) or None,
+        "language": sorted(name for name in languages if re.fullmatch(r"[a-z]{2,3}", name)) or None,
         "base_model": record.recipe.get("model", {}).get("from_pretrained"),
         "datasets": [data["dataset_name"]] if data.get("dataset_name") else None,
         "library_name": "transformers",

@@ -10,15 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import EvalPrediction
 from typer.testing import CliRunner
 
 from urform import UrformConfig, UrformForConditionalGeneration, UrformTokenizer
 from urform.cli.main import app
 from urform.tokenization.text_files import decode_lines, open_lines
 from urform.training.data_files import read_records
-from urform.training.recipe import DataArguments
-from urform.training.run import predict, translate
+from urform.training.recipe import DataArguments, load_recipe
+from urform.training.run import _compute_metrics, predict, translate
 from urform.training.tasks import read_split
 
 LINES = ["the quick brown fox", "", "jumps over\u2028the lazy dog\x0b", "über \x00 \ufeffnull", "今天天气", "a\rb"]
@@ -272,3 +275,20 @@ def test_a_translation_is_one_line(monkeypatch: pytest.MonkeyPatch, model_dir: P
     monkeypatch.setattr(tokenizer, "batch_decode", lambda ids, **_: ["a\nb\r\nc\u2028d\x85e "] * len(ids))
     model = AutoModelForSeq2SeqLM.from_pretrained(model_dir)
     assert translate(model, tokenizer, ["a"], num_beams=1, max_new_tokens=2) == ["a b c\u2028d\x85e"]
+
+
+def test_reserved_tokens_come_out_of_predictions_and_metrics(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
+    options: dict[str, Any] = {"special_tokens": ["<ph1>"], "languages": ["de"], "add_bos": False}
+    tokenizer = UrformTokenizer.train(["a b c"] * 5, vocab_size=300, **options)
+    made = [1, *tokenizer("<2de>a <ph1> b")["input_ids"], 0]
+    model = UrformForConditionalGeneration.from_pretrained(model_dir)
+    monkeypatch.setattr(model, "generate", lambda input_ids, **_: torch.tensor([made] * len(input_ids)))
+    assert translate(model, tokenizer, ["x"], num_beams=1) == ["a <ph1> b"]
+    recipe = load_recipe("translation", ["predict_with_generate=true", "eval_strategy=no"])
+    metrics = _compute_metrics(recipe, tokenizer)
+    labels = [*tokenizer(text_target="a <ph1> b")["input_ids"], -100, -100]
+    assert metrics is not None
+    scores = metrics(EvalPrediction(predictions=np.array([made]), label_ids=np.array([labels])))
+    assert scores["exact_match"] == 100
+    labels[labels.index(tokenizer.convert_tokens_to_ids("<ph1>"))] = -100
+    assert metrics(EvalPrediction(predictions=np.array([made]), label_ids=np.array([labels])))["exact_match"] == 0

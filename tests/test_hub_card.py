@@ -79,7 +79,7 @@ def test_card_tells_what_the_run_left(trained: Path, tmp_path: Path):
     card = validated(card_of(trained, tmp_path / "b"))
     data = card.data
     assert data.pipeline_tag == "text-generation" and data.library_name == "transformers"
-    assert data.language == ["de", "en", "fi"] and {"urform", "encoder-decoder"} <= set(data.tags)
+    assert data.language == ["de", "en", "fi", "zh"] and {"urform", "encoder-decoder"} <= set(data.tags)
     assert data.base_model is None  # a folder of the author's is nothing to others
     results = {(r.metric_type, r.dataset_split): r for r in data.eval_results}
     assert {key: r.metric_value for key, r in results.items()} == {

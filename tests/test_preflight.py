@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainerCallback, 
 import urform
 from urform.training import preflight
 from urform.training.preflight import position_limits, product_time_ratio, settle_precision
-from urform.training.recipe import load_recipe
+from urform.training.recipe import DataArguments, load_recipe
 from urform.training.run import evaluate, train
+from urform.training.tasks import place_of
 
 _spec = importlib.util.spec_from_file_location("training_fixtures", Path(__file__).with_name("test_training.py"))
 assert _spec is not None and _spec.loader is not None
@@ -300,3 +301,11 @@ def test_scorers_are_looked_for_before_training(tmp_path: Path, monkeypatch: pyt
         )  # fmt: skip
     with pytest.raises(ValueError, match=rf"pip install {package}.*\[train\]"):
         evaluate(tmp_path, [("a", "b")])
+
+
+def test_a_place_counts_the_lines_of_the_file(tmp_path: Path) -> None:
+    """Blank lines of JSON Lines are no examples, and are lines all the same."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n\n\n{"text": "b"}\n', encoding="utf-8")
+    data = DataArguments(task="causal-lm", train_file=str(path), source_field="text")
+    assert place_of(data, "train", 2) == f"example 2 of the train data ({path}, line 4)"

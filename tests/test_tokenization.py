@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import TokenizersBackend
+from transformers import AutoTokenizer, TokenizersBackend
 
 from urform.tokenization.subword_training import MODELS
 from urform.tokenization.tokenization_urform import UrformTokenizer
@@ -556,3 +556,47 @@ def test_encoding_a_corpus_leaves_nothing_on_other_tokenizers_either() -> None:
     data = DataArguments(task="token-classification", max_source_length=3, over_length="truncate")
     build_dataset(data, "train", other, Labels(), [(["bake", "milo", "haus"], ["O", "O", "B"])])
     assert other.backend_tokenizer.to_str() == before
+
+
+# --- reserved tokens --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("model", MODELS)
+def test_reserved_tokens_are_text_and_the_tokenizers_own_are_control(model: str, tmp_path: Path) -> None:
+    reserved = ["<ph1>", "<2x>", "{0}", "<日本>"]
+    tokenizer = UrformTokenizer.train(CORPUS, vocab_size=500, model=model, languages=["de"], special_tokens=reserved)
+    text = "bake <ph1> milo<ph1>, <2x> <日本>  {0}"
+    source = f"<2de>{text}<mask>"
+    tokenizer.save_pretrained(tmp_path)
+    again = tokenizer.train_new_from_iterator(CORPUS, 500)
+    again.save_pretrained(tmp_path / "again")
+    loaded = [AutoTokenizer.from_pretrained(folder) for folder in (tmp_path, tmp_path / "again")]
+    for it in (tokenizer, again, *loaded, copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        ids = it(source).input_ids
+        assert [it.convert_tokens_to_ids(token) for token in reserved] == [6, 7, 8, 9]
+        assert it.decode(ids, skip_special_tokens=True) == text
+        assert it.batch_decode([ids, [0, *ids]], skip_special_tokens=True) == [text, text]
+        assert it.decode(ids) == f"<s><2de>{text}<mask></s>"
+        assert it.convert_ids_to_tokens([0, 1, 5, 6, 4], skip_special_tokens=True) == ["<ph1>"]
+        assert not set(reserved) & set(it.all_special_tokens) and "<2de>" in it.all_special_tokens
+        assert it.languages == ["de"]
+        lengths = [len(it(token, add_special_tokens=False, split_special_tokens=True).input_ids) for token in reserved]
+        assert (
+            lengths == [1] * 4 and len(it("<2de>", add_special_tokens=False, split_special_tokens=True).input_ids) > 1
+        )
+    raw = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))  # what other software gives, without a line of ours
+    assert raw.decode(raw.encode(source).ids, skip_special_tokens=True) == text
+
+
+def test_reserved_tokens_of_a_chat_template_are_control() -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    tokens = ["<|im_start|>", "<|im_end|>", "<ph>"]
+    tokenizer = UrformTokenizer.train(CORPUS, vocab_size=400, special_tokens=tokens, chat_template=template)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "bake <ph>"}], return_dict=False)
+    assert tokenizer.decode(ids) == "<|im_start|>bake <ph><|im_end|>"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "bake <ph>"
+    assert tokenizer.convert_tokens_to_ids(tokens) == [5, 6, 7]
+
+
+def test_a_reserved_token_that_cannot_be_decoded_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"special_tokens: '<é>' would be decoded as .*ASCII"):
+        UrformTokenizer.train(CORPUS, vocab_size=400, model="byte-bpe", special_tokens=["<é>"])
+    UrformTokenizer.train(CORPUS, vocab_size=400, special_tokens=["<é>"])

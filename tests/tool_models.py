@@ -34,6 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "Bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
              "initializer_range": 0.3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }  # fmt: skip
+SIZES["Roberta"] = SIZES["Bert"]
 HEADS = {"Llama": "ForCausalLM", "GPT2": "LMHeadModel", "Bart": "ForConditionalGeneration", "Marian": "MTModel",
          "T5": "ForConditionalGeneration", "Bert": "ForMaskedLM"}  # fmt: skip
 
@@ -65,7 +66,7 @@ def stock_model(family: str, head: str | None = None, **changes: Any) -> transfo
         ids["decoder_start_token_id"] = tokens.bos_token_id
     length = {"T5": {}, "GPT2": {"n_positions": 128}}.get(family, {"max_position_embeddings": 128})
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=len(tokens), **SIZES[family], **ids, **length, **changes
+        **{"vocab_size": len(tokens), **SIZES[family], **ids, **length, **changes}
     )
     return getattr(transformers, family + (head or HEADS[family]))(config).eval()
 

@@ -59,11 +59,13 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
     """Fast tokenizer for Urform, and for any model: BPE, Unigram, WordPiece, byte-level BPE or characters.
 
     Special tokens and ids: `<pad>` 0, `<s>` 1 (bos, cls), `</s>` 2 (eos, sep), `<unk>` 3, `<mask>` 4, then the
-    language tags (`<2de>`: Johnson et al. 2017), then those of the caller and of the chat template.
+    language tags (`<2de>`: Johnson et al. 2017), then those of the caller and of the chat template. What the tokenizer
+    itself adds is control, and `skip_special_tokens=True` leaves it out. What the caller reserved is text.
 
     `decode(encode(text), skip_special_tokens=True)` is the normalised text, character by character, and the text
     itself with `normalization=None`, for every kind but "wordpiece", which has `<unk>` for characters that are not in
-    its vocabulary. Text that spells a special token is that token (`split_special_tokens=True` prevents it).
+    its vocabulary. Text that spells a reserved token is that token (`split_special_tokens=True` prevents it for control
+    tokens).
 
     Offsets cover exactly the characters of a token, with those that normalization composes ("e" and a combining
     accent). A word's offsets include the space before it. Pre-split words (`is_split_into_words=True`) become the
@@ -115,7 +117,9 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
                 bytes and know every text.
             min_frequency: How often a pair of pieces must occur to be merged.
             languages: Language codes; "de" becomes the special token `<2de>`, which swallows spaces after it.
-            special_tokens: Further special tokens.
+            special_tokens: Further tokens that are never split, such as placeholders. They are text: decoding keeps
+                them, also with `skip_special_tokens=True`. Those that `chat_template` writes are control tokens, as all
+                that the tokenizer itself adds: decoding can skip them.
             lowercase: Whether to lower-case the text (decoding cannot undo it).
             normalization: "nfc", "nfkc" or None.
             add_bos: Whether every sequence begins with `<s>`.
@@ -144,6 +148,7 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         roles = [f"<|{role}|>" for role in ROLES] if chat_template == "default" else []
         extra = [*(f"<2{language}>" for language in languages), *special_tokens, *roles]
         tokens = [*RESERVED, *extra]
+        text_tokens = {token for token in special_tokens if token not in (chat_template or "")}
         repeated = sorted({token for token in tokens if tokens.count(token) > 1})
         if repeated:
             raise ValueError(f"languages or special_tokens: {repeated} occur more than once: name each token once")
@@ -157,14 +162,18 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
             chat_template = ("{{ bos_token }}" if add_bos else "") + CHAT_TEMPLATE
         corpus = Corpus(texts, files, max_line_bytes)
         backend = train_backend(corpus, model, vocab_size, tokens, normalizer(normalization, lowercase), min_frequency)
-        backend.add_special_tokens([_added(token) for token in tokens])
+        for token in tokens:  # in the order of their ids
+            add = backend.add_tokens if token in text_tokens else backend.add_special_tokens
+            add([_added(token, special=token not in text_tokens)])
+            if (restored := backend.decode([tokens.index(token)], skip_special_tokens=False)) != token:
+                raise ValueError(f"special_tokens: {token!r} would be decoded as {restored!r}: use letters of ASCII")
         return cls(
             tokenizer_object=backend,
             subword_model=model,
             **{name: _added(token) for token, name in RESERVED.items()},
             cls_token="<s>",
             sep_token="</s>",
-            extra_special_tokens=extra,
+            extra_special_tokens=[token for token in extra if token not in text_tokens],
             add_bos_token=add_bos,
             add_eos_token=add_eos,
             padding_side=padding_side,
@@ -181,13 +190,13 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         special_tokens_map: Mapping[str, str] | None = None,
         min_frequency: int = 2,
     ) -> "UrformTokenizer":
-        """Trains a tokenizer of the same kind, with this one's special tokens, template and settings, on new text.
+        """Trains a tokenizer of the same kind, with this one's added tokens, template and settings, on new text.
 
         Args:
             text_iterator: Strings or batches of strings.
             vocab_size: As in `train`; raised, with a warning, to the smallest that works.
             length: Not needed.
-            new_special_tokens: Special tokens to add.
+            new_special_tokens: Control tokens to add.
             special_tokens_map: New names for special tokens, by old name.
             min_frequency: How often a pair of pieces must occur to be merged.
 
@@ -196,12 +205,12 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         """
         renamed = dict(special_tokens_map or {})
         extra = [renamed.get(str(token), str(token)) for token in self.extra_special_tokens]
-        tokens = []
-        for _, token in sorted(self.added_tokens_decoder.items()):
-            if token.special:
-                tokens.append(_added(renamed.get(token.content, token.content), like=token))
+        tokens = [
+            _added(renamed.get(token.content, token.content), like=token, special=token.special)
+            for _, token in sorted(self.added_tokens_decoder.items())
+        ]
         for new in new_special_tokens or ():
-            tokens.append(new if isinstance(new, AddedToken) else _added(new))
+            tokens.append(_added(str(new), like=new if isinstance(new, AddedToken) else None))
             extra.append(str(new))
         names = [token.content for token in tokens]
         model = self.init_kwargs["subword_model"]
@@ -217,7 +226,8 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
             min_frequency,
             renamed.get(str(self.unk_token), str(self.unk_token)),
         )
-        backend.add_special_tokens(tokens)
+        for token in tokens:
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         named = {key: renamed.get(str(token), str(token)) for key, token in self.special_tokens_map.items()}
         settings = {
             **self.init_kwargs,
@@ -389,12 +399,9 @@ def _mark(words: Any) -> Any:
     return type(words)(_mark(inner) for inner in words)
 
 
-def _added(token: str, like: AddedToken | None = None) -> AddedToken:
-    """A special token; a mask takes the spaces before it, a language tag those after it."""
-    return AddedToken(
-        token,
-        lstrip=like.lstrip if like else token == "<mask>",
-        rstrip=like.rstrip if like else token.startswith("<2"),
-        normalized=False,
-        special=True,
-    )
+def _added(token: str, like: AddedToken | None = None, special: bool = True) -> AddedToken:
+    """A token that is never split; a mask takes the spaces before it, a language tag those after it."""
+    if like is None:
+        like = AddedToken(token, lstrip=token == "<mask>", rstrip=special and token.startswith("<2"), normalized=False)
+    strips = {"single_word": like.single_word, "lstrip": like.lstrip, "rstrip": like.rstrip}
+    return AddedToken(token, **strips, normalized=like.normalized, special=special)

@@ -73,7 +73,7 @@ _DATA_PLACE = (
 )  # fmt: skip
 # Patterns of `section.field`.
 FREE = re.compile(
-    r"run\.(?!precision).*|data\.origin|data\.(validation|test)_.*|data\.(source|target)_language|model\.attn_implementation"
+    r"run\.(?!precision).*|data\.(origin|max_line_bytes)|data\.(validation|test)_.*|data\.(source|target)_language|model\.attn_implementation"
     r"|training\.(output_dir|max_steps|num_train_epochs|do_\w+|use_cpu|local_rank|ddp_\w+|run_name|project|report_to"
     r"|disable_tqdm|log_\w+|logging_\w+|save_\w+|eval_\w+|per_device_eval_batch_size|fp16_full_eval|bf16_full_eval"
     r"|predict_with_generate|generation_\w+|load_best_model_at_end|metric_for_best_model|greater_is_better"

@@ -129,12 +129,13 @@ def place_of(data: DataArguments, split: Split, number: int) -> str:
     files = split_files(data, split)
     if not files:
         return f"example {number} of {data.dataset_name} ({getattr(data, f'{split}_split')})"
-    line = number
-    if not any(suffix in (".jsonl", ".json", ".tsv") for suffix in files[0].suffixes):
-        if data.task in ("causal-lm", "masked-lm"):  # where blank lines are no examples
-            filled = (index for index, text in enumerate(open_lines(files[0]), start=1) if text.strip())
-            line = next(itertools.islice(filled, number - 1, None))
-    elif ".tsv" in files[0].suffixes:
+    line, kinds = number, {suffix.lower() for suffix in files[0].suffixes}
+    if kinds & {".jsonl", ".json"} or (".tsv" not in kinds and data.task in ("causal-lm", "masked-lm")):
+        # Blank lines are no examples there.
+        lines = enumerate(open_lines(files[0], data.max_line_bytes), start=1)
+        filled = (index for index, text in lines if text.strip())
+        line = next(itertools.islice(filled, number - 1, None))
+    elif ".tsv" in kinds:
         fields = (data.source_field, data.target_field)[: 1 if data.task in ("causal-lm", "masked-lm") else 2]
         line += not all(name.isdecimal() for name in fields)  # the header
     return f"example {number} of the {split} data ({files[0]}, line {line})"
