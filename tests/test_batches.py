@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from numerics import assert_within, twice
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
@@ -122,14 +123,13 @@ def test_a_rows_rotations_are_its_own(kind: str, implementation: str | None) -> 
         model.set_attn_implementation(implementation)
     short, long, padded = short_and_long()
     with torch.no_grad():
-        alone = [model(ids).logits[0] for ids in (short, long)]
+        alone, truth = twice(model, lambda m: [m(ids).logits[0] for ids in (short, long)])
         together = model(**padded).logits
         positions = torch.cat([torch.arange(8), torch.arange(40)])[None]
         packed = model(torch.cat([short, long], 1), position_ids=positions).logits[0]
         assert torch.equal(model(short).logits[0], alone[0])  # what came before changes nothing
-    torch.testing.assert_close(together[0, :8], alone[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(together[1], alone[1], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    assert_within([together[0, :8], together[1]], alone, truth)
+    assert_within([packed[:8], packed[8:]], alone, truth)
 
 
 @pytest.mark.parametrize("kind", SCALINGS)
@@ -147,14 +147,15 @@ def test_rope_length_of_the_batch_is_the_stock_classes(kind: str) -> None:
     short, long, padded = short_and_long()
     with torch.no_grad():
         real = padded["attention_mask"].bool()
-        want = copy.deepcopy(stock)(**padded).logits[real]
-        torch.testing.assert_close(model(**padded).logits[real], want, atol=1e-5, rtol=1e-5)
+        want = twice(stock, lambda m: copy.deepcopy(m)(**padded).logits[real])
+        assert_within(model(**padded).logits[real], *want)
         model.config.rope_length = "sequence"  # which no stock class computes
         with pytest.raises(ValueError, match="rope_length='sequence'"):
             urform.to_transformers(model)
         for ids in (short, long):
-            want = copy.deepcopy(stock)(ids).logits  # its class remembers the longest input: a new one for each
-            torch.testing.assert_close(model(ids).logits, want, atol=1e-5, rtol=1e-5)
+            # Its class remembers the longest input: a new one for each.
+            want = twice(stock, lambda m, ids=ids: copy.deepcopy(m)(ids).logits)
+            assert_within(model(ids).logits, *want)
 
 
 def test_frequencies_stay_exact_in_bfloat16(tmp_path: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from numerics import assert_within, twice
 
 import urform
 from urform import hub_upload
@@ -190,7 +191,7 @@ def test_every_head_loads_without_urform(tmp_path: Path, registered, heads: list
         )  # weights in a file are aligned otherwise: 1e-10 off `model`
         with torch.no_grad():
             expected[folder, auto] = loaded(**inputs)[0]
-            torch.testing.assert_close(expected[folder, auto], model(**inputs)[0])
+            assert_within(expected[folder, auto], *twice(model, lambda m, inputs=inputs: m(**inputs)[0]))
         saved = json.loads((folder / "config.json").read_text())
         assert saved["auto_map"] == auto_map(architecture)
         assert "_auto_class" not in saved

@@ -42,6 +42,15 @@ DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs"
 # Commands that no test runs, each with its reason.
 NOT_RUN = {
     "pre-commit install": "writes a hook into the checkout's .git; `make lint` runs the same linters",
+    'python -c "import urform; from transformers.cli.transformers import app; app()" serve out --port 8000': (
+        "a server, which does not end; tests/test_tools_serve.py runs it"
+    ),
+    'python -c "import urform; from trl.cli import main; main()" sft --model_name_or_path out --dataset_name my_data': (
+        "needs TRL; tests/test_tools_trl.py runs it"
+    ),
+    "urform evaluate out --lm-eval hellaswag": "needs lm-eval and the real Hub; tests/test_tools_lm_eval.py runs it",
+    "urform evaluate out --lm-eval hellaswag --lm-eval arc_easy": "the same",
+    "urform evaluate out --lm-eval my_task --include-path my_tasks --num-fewshot 2 --limit 100": "the same",
 }
 # Commands, by their beginning, that only the slow test runs, in processes of their own.
 SLOW = {
@@ -149,6 +158,14 @@ def options_of(path: list[str]) -> set[str]:
     return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
 
 
+def check_options(place: str, command: str) -> None:
+    """Hold a command of `urform` that is not run to the verbs and options that there are."""
+    words = command.split()
+    path = words[1:3] if words[1] == "doctor" and len(words) > 2 else words[1:2]
+    unknown = {word.partition("=")[0] for word in words if word.startswith("--")} - options_of(path)
+    assert not unknown, f"{place}: `{command}`: no option {sorted(unknown)}"
+
+
 # ------------------------------------------------------------------------------------------- what stands ready for them
 
 
@@ -223,6 +240,8 @@ def run_shell(block: Block, thorough: bool) -> None:
         command = normal(line)
         bare = re.sub(r"^(\w+=\S* )+", "", command)
         if bare in NOT_RUN or (not thorough and by_beginning(SLOW, bare)):
+            if bare.startswith("urform "):
+                check_options(block.place, bare)
             continue
         words = shlex.split(re.sub(r"\[.*?\]", "", re.sub(r"^(\w+=\S* )+", "", line)), comments=True)
         words = [WORDS.get(bare, {}).get(word, word) for word in words]
@@ -417,9 +436,7 @@ def test_commands_and_files_in_the_text_exist() -> None:
     for place, span in spans():
         words = span.split()
         if words[0] == "urform" and len(words) > 1 and re.fullmatch(r"[a-z]+", words[1]):
-            path = words[1:3] if words[1] == "doctor" and len(words) > 2 else words[1:2]
-            unknown = {word.partition("=")[0] for word in words if word.startswith("--")} - options_of(path)
-            assert not unknown, f"{place}: `{span}`: no option {sorted(unknown)}"
+            check_options(place, span)
         elif words[0] == "make" and len(words) > 1:
             code, text = run_make(shlex.split(span), None)
             assert code == 0, f"{place}: `{span}`: {text}"

@@ -15,6 +15,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import assert_within, exact
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,14 +94,29 @@ def gradients(loss: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     return [loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, wanted))]
 
 
-def truth(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, **options: Any) -> list[Tensor]:
-    wide = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in (hidden, weight, bias)]
+def truth(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> list[Tensor]:
+    wide = [
+        None if t is None else t.detach().to(dtype, copy=True).requires_grad_(t.requires_grad)
+        for t in (hidden, weight, bias)
+    ]
     assert wide[0] is not None and wide[1] is not None
     return gradients(reference(wide[0], wide[1], labels, wide[2], **options), *wide)
 
 
-def assert_near(ours: list[Tensor], expected: list[Tensor], tolerance: float = 1e-6) -> None:
-    """Within `tolerance` of the largest element."""
+def both(*tensors: Any, **options: Any) -> list[list[Tensor]]:
+    """The definition's loss and gradients in float32 and in float64."""
+    return [truth(*tensors, dtype=dtype, **options) for dtype in (torch.float32, torch.float64)]
+
+
+def assert_near(ours: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """In half precision: within `tolerance` of the largest element."""
     assert len(ours) == len(expected)
     for a, b in zip(ours, expected, strict=True):
         assert a.shape == b.shape
@@ -118,7 +134,7 @@ def test_loss_and_all_gradients_in_float32(name: str, bias: bool) -> None:
     options = OPTIONS[name]
     hidden, weight, labels, b = make((3, 13), 24, 37, bias, ignore_index=options.get("ignore_index", -100))
     ours = gradients(linear_cross_entropy(hidden, weight, labels, bias=b, **options), hidden, weight, b)
-    assert_near(ours, truth(hidden, weight, labels, b, **options))
+    assert_within(ours, *both(hidden, weight, labels, b, **options))
 
 
 @given(data=st.data())
@@ -161,12 +177,7 @@ def test_options_in_any_combination(data: st.DataObject) -> None:
 def test_float32_at_a_real_size_with_real_pieces(smoothing: float) -> None:
     hidden, weight, labels, _ = make((6, 101), 48, 10007, False, ignored=0.1)
     loss = linear_cross_entropy(hidden, weight, labels, label_smoothing=smoothing)
-    ours, expected = (
-        gradients(loss, hidden, weight),
-        truth(hidden, weight, labels, None, label_smoothing=smoothing),
-    )
-    assert_near(ours, expected)
-    assert all((a - b).abs().max() < 1e-6 for a, b in zip(ours, expected, strict=True))
+    assert_within(gradients(loss, hidden, weight), *both(hidden, weight, labels, None, label_smoothing=smoothing))
 
 
 @pytest.mark.parametrize("mode", ["parameters", "autocast", "autocast-mixed"])
@@ -257,8 +268,10 @@ def test_extreme_logits(dtype: torch.dtype) -> None:
     hidden, weight, labels, _ = make((20,), 8, 50, False, ignored=0, dtype=dtype)
     options: dict[str, Any] = {"logit_scale": 1000.0}
     ours = gradients(linear_cross_entropy(hidden, weight, labels, **options), hidden, weight)
-    expected = truth(hidden, weight, labels, None, **options)
-    assert_near(ours, expected, 1e-5 if dtype == torch.float32 else 2e-2)
+    if dtype == torch.float32:
+        assert_within(ours, *both(hidden, weight, labels, None, **options))
+    else:
+        assert_near(ours, truth(hidden, weight, labels, None, **options), 2e-2)
 
 
 @pytest.mark.gpu
@@ -273,7 +286,7 @@ def test_on_the_accelerator(name: str, ignored: float, small_pieces: None) -> No
     for t in (hidden, weight, bias):
         t.requires_grad_()
     ours = gradients(linear_cross_entropy(hidden, weight, labels, bias=bias, **options), hidden, weight, bias)
-    assert_near([t.cpu() for t in ours], truth(*tensors, **options), 2e-6)
+    assert_within([t.cpu() for t in ours], *both(*tensors, **options))
 
 
 # ---- which rows, which parts ----
@@ -288,8 +301,8 @@ def test_ignored_rows_are_never_read_and_get_zero() -> None:
     )
     assert (d_hidden[labels == -100] == 0).all() and (d_hidden[labels != -100] != 0).any(-1).all()
     kept = hidden.detach()[labels != -100].requires_grad_()
-    expected = truth(kept, weight, labels[labels != -100], bias)
-    assert_near([loss, d_hidden[labels != -100], d_weight, d_bias], expected)
+    expected = both(kept, weight, labels[labels != -100], bias)
+    assert_within([loss, d_hidden[labels != -100], d_weight, d_bias], *expected)
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (3, 4)])
@@ -307,8 +320,11 @@ def test_labels_of_any_shape_and_integer_dtype(shape: tuple[int, ...], dtype: to
     hidden, weight, labels, _ = make(shape, 8, 11, False, ignored=0)
     loss = linear_cross_entropy(hidden, weight, labels.to(dtype))
     ours = gradients(loss, hidden, weight)
-    expected = F.cross_entropy(F.linear(hidden.double(), weight.double()).view(-1, 11), labels.flatten())
-    assert_near(ours, gradients(expected, hidden, weight))
+    expected = []
+    for wide in (torch.float32, torch.float64):
+        h, w = (t.detach().to(wide, copy=True).requires_grad_() for t in (hidden, weight))
+        expected.append(gradients(F.cross_entropy(F.linear(h, w).view(-1, 11), labels.flatten()), h, w))
+    assert_within(ours, *expected)
 
 
 def test_non_contiguous_inputs() -> None:
@@ -317,9 +333,12 @@ def test_non_contiguous_inputs() -> None:
     every_other, kept = hidden.transpose(0, 1)[::2], labels.T[::2] // 2  # -100 becomes -50
     loss = linear_cross_entropy(every_other, weight[::2], kept, bias=bias[::2], ignore_index=-50)
     ours = gradients(loss, hidden, weight, bias)
-    h, w, b = (t.detach().double().requires_grad_() for t in (hidden, weight, bias))
-    loss = reference(h.transpose(0, 1)[::2], w[::2], kept, b[::2], ignore_index=-50)
-    assert_near(ours, gradients(loss, h, w, b))
+    expected = []
+    for dtype in (torch.float32, torch.float64):
+        h, w, b = (t.detach().to(dtype, copy=True).requires_grad_() for t in (hidden, weight, bias))
+        loss = reference(h.transpose(0, 1)[::2], w[::2], kept, b[::2], ignore_index=-50)
+        expected.append(gradients(loss, h, w, b))
+    assert_within(ours, *expected)
 
 
 @pytest.mark.parametrize("needs", [n for n in itertools.product([False, True], repeat=3) if any(n)])
@@ -339,15 +358,15 @@ def test_frozen_parts_get_no_gradient_and_change_nothing(needs: tuple[bool, ...]
 def test_tied_weight_and_a_trainer_step() -> None:
     """Embedding and head share a parameter: gradients of both uses add up, over two parts, as in plain PyTorch."""
     vocabulary, tokens = 31, torch.randint(0, 31, (2, 4, 7))
-    fused, plain = nn.Embedding(vocabulary, 12), nn.Embedding(vocabulary, 12, dtype=torch.float64)
-    plain.load_state_dict(fused.state_dict())
+    fused = nn.Embedding(vocabulary, 12)
+    plain = [exact(fused).to(dtype) for dtype in (torch.float32, torch.float64)]
     items = torch.tensor(tokens.numel())
     for part in tokens:
         linear_cross_entropy(fused(part), fused.weight, part.flip(1), num_items=items).backward()
-        logits = F.linear(plain(part), plain.weight)
-        (F.cross_entropy(logits.flatten(0, 1), part.flip(1).flatten(), reduction="sum") / items).backward()
-    assert fused.weight.grad is not None and plain.weight.grad is not None
-    assert_near([fused.weight.grad.double()], [plain.weight.grad])
+        for table in plain:
+            logits = F.linear(table(part), table.weight)
+            (F.cross_entropy(logits.flatten(0, 1), part.flip(1).flatten(), reduction="sum") / items).backward()
+    assert_within(fused.weight.grad, *(table.weight.grad for table in plain))
 
 
 def test_accumulation_over_parts_equals_the_whole() -> None:
@@ -473,7 +492,12 @@ def test_compiles_in_one_graph_for_all_lengths(autocast: bool) -> None:
         items = torch.tensor(31)
         ours = gradients(compiled(hidden, weight, labels, bias, items), hidden, weight, bias)
         eager = gradients(step(hidden, weight, labels, bias, items), hidden, weight, bias)
-        assert_near(ours, eager, 1e-6 if not autocast else 1e-2)
+        if autocast:
+            assert_near(ours, eager, 1e-2)
+        else:
+            wide = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
+            exact_step = gradients(step(wide[0], wide[1], labels, wide[2], items), *wide)
+            assert_within(ours, eager, exact_step)
         compilations = compilations or counter.frame_count
         assert counter.frame_count == compilations
 
@@ -485,7 +509,7 @@ def test_compiled_with_frozen_weight_and_plain_mean() -> None:
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     for options in ({}, {"num_items": 7}, {"reduction": "sum"}):
         ours = gradients(compiled(hidden, weight, labels, **options), hidden, weight)
-        assert_near(ours, truth(hidden, weight, labels, None, **options))
+        assert_within(ours, *both(hidden, weight, labels, None, **options))
 
 
 def test_exports() -> None:
@@ -502,7 +526,8 @@ def test_exports() -> None:
     rows = torch.export.Dim("rows", min=2, max=100)
     program = torch.export.export(head, (hidden, labels), dynamic_shapes=({1: rows}, {1: rows}))
     hidden, _, labels, _ = make((2, 31), 8, 21)
-    torch.testing.assert_close(program.module()(hidden, labels), head(hidden, labels))
+    truth = exact(head)(hidden.double(), labels)
+    assert_within(program.module()(hidden, labels), head(hidden, labels), truth)
 
 
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, True, False]])

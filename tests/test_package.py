@@ -216,7 +216,7 @@ def test_stock_model_with_our_attention_after_a_bare_import():
 import urform, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 sizes = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="urform")).eval()
+model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="urform")).eval().double()
 assert model.config._attn_implementation == "urform"
 ids = torch.arange(8)[None]
 ours = model(ids).logits

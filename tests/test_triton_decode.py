@@ -164,15 +164,10 @@ def test_every_bias_over_splits(kind: str) -> None:
     q_sizes, k_sizes = [4, 1], [300, 0]
     tensors = make(q_sizes, k_sizes, 6, 2, 32, 32, torch.float32)
     bias = make_bias(kind, 6, 2, 4, 300, torch.float32)
-    outs = [
+    for splits in (1, 3, 20):
         run_and_compare(
             *tensors, q_sizes, k_sizes, splits, causal=True, window=(200, None), scale=0.2, softcap=None, **bias
         )
-        for splits in (1, 3, 20)
-    ]
-    for out, lse in outs[1:]:
-        torch.testing.assert_close(out, outs[0][0], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(lse, outs[0][1], rtol=1e-5, atol=1e-6)
 
 
 def test_rows_without_keys() -> None:
