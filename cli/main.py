@@ -218,7 +218,7 @@ def train(
 
 _LM_EVAL_ONLY = ("include_path", "num_fewshot", "limit")
 _PARALLEL_ONLY = ("source", "target", "source_field", "target_field", "language", "output", "prefix", "num_beams",
-                  "length_penalty", "max_new_tokens")  # fmt: skip
+                  "length_penalty", "max_new_tokens", "max_line_bytes")  # fmt: skip
 
 
 def _refuse_options(context: typer.Context, names: Sequence[str], lm_eval: bool) -> None:
