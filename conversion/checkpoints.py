@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..configuration.checkpoint_files import INDEX_NAME, read_json, read_weight_map, refuse_link
-from ..configuration.checkpoint_source import need_source
 from ..configuration.checks_urform import LARGEST, check_architectures
 from ..configuration.configuration_urform import UrformConfig
+from ..publishing.checkpoint_source import need_source
 from .convert import Conversion, assemble, our_class, prepare_from, prepare_to, stock_class
 from .families import FAMILIES
 from .family import Head

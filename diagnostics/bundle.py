@@ -67,7 +67,7 @@ def check_bundle(path_or_id: str | os.PathLike[str], revision: str | None = None
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        from ..configuration.checkpoint_source import need_source
+        from ..publishing.checkpoint_source import need_source
 
         need_source(source, revision=revision)
         folder = Path(snapshot_download(source, revision=revision))

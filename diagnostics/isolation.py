@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModel, PreTrainedModel
 
-from ..configuration.checkpoint_source import need_source
+from ..publishing.checkpoint_source import need_source
 from .isolation_probe import CHECKS, ISOLATED, LEAKS, NOT_APPLICABLE, STATUSES, IsolationCheck, Probe, configs_of
 from .reports import jsonable, table
 
