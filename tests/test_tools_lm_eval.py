@@ -123,7 +123,6 @@ def test_command_prints_json_and_refuses_what_has_no_effect(tmp_path: Path, task
         (("x.tsv", "--lm-eval", "a"), "SOURCE has no effect with --lm-eval; leave it out (write --lm-eval once per"),
         (("--lm-eval", "a", "--num-beams", "5"), "--num-beams has no effect with --lm-eval"),
         ((), "name a file to score the model on, or a task of lm-eval: --lm-eval TASK"),
-        (("--lm-eval", "a"), "no such folder: "),
     ],
 )
 def test_wrong_use_of_the_command(arguments: tuple[str, ...], message: str, tmp_path: Path):
@@ -132,8 +131,14 @@ def test_wrong_use_of_the_command(arguments: tuple[str, ...], message: str, tmp_
 
     from urform.cli.main import app
 
-    done = CliRunner().invoke(app, ["evaluate", str(tmp_path / "none"), *arguments])
+    done = CliRunner().invoke(app, ["evaluate", str(tmp_path), *arguments])
     assert done.exit_code == 2 and message in done.stderr and done.stdout == ""
+
+
+def test_missing_folders_are_refused(tmp_path: Path):
+    for model, include in ((tmp_path / "none", None), (tmp_path, tmp_path / "none")):
+        with pytest.raises(FileNotFoundError, match=f"no such folder: {tmp_path}/none"):
+            evaluate_harness(model, ["a"], include_path=include)
 
 
 def test_encoders_and_unknown_tasks_are_refused(tmp_path: Path):
