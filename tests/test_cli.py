@@ -174,7 +174,7 @@ def test_predict_reads_the_source_column(model: Path, tmp_path: Path) -> None:
         assert done.exit_code == 0 and done.stdout == wanted, (name, done.stderr)
     (tmp_path / "d.csv").write_text("a,b\n", encoding="utf-8")
     (tmp_path / "e.jsonl").write_text('{"0": null}\n', encoding="utf-8")
-    for name, message in (("d.csv", "save it as .tsv"), ("e.jsonl", "'0' is no text")):
+    for name, message in (("d.csv", "save it as .tsv"), ("e.jsonl", "e.jsonl, line 1: expected text, got NoneType")):
         done = CliRunner().invoke(app, ["predict", str(model), str(tmp_path / name)])
         assert done.exit_code == 2 and message in done.stderr
 

@@ -281,8 +281,8 @@ MAY_IMPORT = {
     "tokenization": {"tokenization", "configuration"},
     "modeling": {"modeling", "modeling/kernels", "configuration"},
     "training": {"training", "publishing", "modeling", "modeling/kernels", "configuration", "tokenization", ""},
-    "conversion": {"conversion", "modeling", "modeling/kernels", "configuration", "tokenization", ""},
-    "diagnostics": {"diagnostics", "modeling", "modeling/kernels", "configuration"},
+    "conversion": {"conversion", "publishing", "modeling", "modeling/kernels", "configuration", "tokenization", ""},
+    "diagnostics": {"diagnostics", "publishing", "modeling", "modeling/kernels", "configuration"},
     "publishing": {"publishing", "configuration", ""},
 }
 
