@@ -67,10 +67,11 @@ def test_folder_and_model_give_the_stock_class_s_likelihoods(family: str, backen
     from lm_eval.models.huggingface import HFLM
 
     stock, ours = save_pair(family, tmp_path)
-    expected = _run(HFLM(pretrained=str(stock), device="cpu", batch_size=4), tasks)
+    options = {"device": "cpu", "batch_size": 4, "dtype": "float64"}  # in float32 the processor would decide
+    expected = _run(HFLM(pretrained=str(stock), **options), tasks)
     loaded = urform.UrformForCausalLM if backend == "causal" else urform.UrformForConditionalGeneration
-    model = HFLM(pretrained=loaded.from_pretrained(ours), tokenizer=tokenizer(), device="cpu", batch_size=4)
-    for made in (HFLM(pretrained=str(ours), device="cpu", batch_size=4), model):
+    model = HFLM(pretrained=loaded.from_pretrained(ours, dtype=torch.float64), tokenizer=tokenizer(), **options)
+    for made in (HFLM(pretrained=str(ours), **options), model):
         assert made.backend == backend and type(made.model) is loaded
         found = _run(made, tasks)
         assert found["own_generation"] == expected["own_generation"]
