@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..configuration.configuration_urform import UrformConfig
 from .attention_interface import NAME as ATTENTION_NAME
 from .kernels.attention_biases import ALiBi, Bias, T5Bias
+from .kernels.attention_dispatch import is_autocast
 from .kernels.attention_layouts import Layout
 from .kernels.dropout_bits import dropout, dropout_add
 
@@ -266,7 +267,7 @@ def eager_attention_forward(
 def cast_once(hidden: Tensor) -> Tensor:
     """What autocast would do to the input of each of several projections, done once for all of them."""
     kind = hidden.device.type
-    if hidden.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if hidden.dtype == torch.float32 and is_autocast(kind):
         return hidden.to(torch.get_autocast_dtype(kind))
     return hidden
 

@@ -369,7 +369,7 @@ class UrformStack(UrformPreTrainedModel):
 
     def _implementation(self, kwargs: dict[str, Any]) -> str:
         """The attention implementation of this call: eager where weights are asked for and it alone returns them."""
-        named = str(self.config._attn_implementation)
+        named = self.config._attn_implementation
         if not self._records(kwargs, "attentions", "cross_attentions") or named == "eager":
             return named
         if not takes_layouts(self.config) and named != "sdpa":

@@ -245,10 +245,15 @@ def _names(features: set[str]) -> str:
     return ", ".join(text for feature, text in FEATURES.items() if feature in features)
 
 
+def is_autocast(kind: str) -> bool:
+    """Whether autocast is on for a type of device; torch 2.11 cannot trace the question whether it has autocast."""
+    return (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+
+
 def _under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast as autocast casts for PyTorch's attention: rotary embeddings leave q and k wider than v."""
     kind = q.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not is_autocast(kind):
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))  # type: ignore[return-value]
