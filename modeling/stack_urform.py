@@ -367,16 +367,18 @@ class UrformStack(UrformPreTrainedModel):
         wanted = (kwargs.get(flag, getattr(self.config, flag, None)) for flag in flags)
         return any(want is not None and want is not False for want in wanted)
 
-    def _implementation(self, kwargs: dict[str, Any]) -> str:
-        """The attention implementation of this call: eager where weights are asked for and it alone returns them."""
-        named = self.config._attn_implementation
-        if not self._records(kwargs, "attentions", "cross_attentions") or named == "eager":
-            return named
+    def _needs_eager(self, kwargs: dict[str, Any]) -> bool:
+        """Whether this call takes eager attention, which alone returns weights, instead of what is configured."""
+        if not self._records(kwargs, "attentions", "cross_attentions"):
+            return False
+        named = str(self.config._attn_implementation)
+        if named == "eager":
+            return False
         if not takes_layouts(self.config) and named != "sdpa":
             logger.warning_once(f"attn_implementation={named!r} returns no attention weights; set 'eager' to see them")
-            return named
+            return False
         logger.warning_once("output_attentions=True: this call uses eager attention, which alone returns weights")
-        return "eager"
+        return True
 
     def _packing(
         self, given: Tensor, attention_mask: Any, cache: Cache | None, documents: Tensor | None, **kwargs: Any
@@ -459,11 +461,11 @@ class UrformStack(UrformPreTrainedModel):
             if layouts is not None:
                 kwargs.update(layouts)
             else:
-                implementation = kwargs["implementation"] = self._implementation(kwargs)
                 config = self.config
-                if implementation != config._attn_implementation:
+                if self._needs_eager(kwargs):
+                    kwargs["implementation"] = "eager"
                     config = copy.copy(config)
-                    config._attn_implementation_internal = implementation
+                    config._attn_implementation_internal = "eager"
                 masks = self._masks(config, embeds, attention_mask, cache, documents)
                 if cross is not None:
                     states, cross_mask = cross[0], cross[1:]
