@@ -196,6 +196,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     model_type = "urform"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"d_model": "hidden_size"}
+    _names_attention = False
     # Relative to a stack, which keeps what matches its modules; transformers adds the prefix.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         **{f"layers.*.{a}.{p}_proj": "colwise" for a in ("self_attn", "cross_attn") for p in "qkv"},
@@ -414,6 +415,21 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         )
         self.rope_parameters = None
         return kwargs
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None) -> None:
+        """As the library's; remembers whether anybody named one: where nobody did, Urform's own attention serves."""
+        PreTrainedConfig._attn_implementation.fset(self, value)  # type: ignore[attr-defined]
+        if not isinstance(value, dict) or "" in value:
+            self._names_attention = self._attn_implementation_internal is not None
+
+    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
+        super()._remove_keys_not_serialized(d)
+        d.pop("_names_attention", None)
 
     @property
     def rope_is_per_layer_type(self) -> bool:

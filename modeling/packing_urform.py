@@ -54,17 +54,9 @@ class Packing:
         return flat.unflatten(0, self.shape)
 
 
-class DefaultAttention(str):
-    """The name of the library's default, where the user named none: Urform's own attention serves before it.
-
-    It is what `config._attn_implementation` holds, equal to the library's "sdpa" or "eager", which serve the paths that
-    Urform's attention leaves: graphs that are traced, static and sliding caches, outputs of every layer.
-    """
-
-
 def takes_layouts(config: PreTrainedConfig) -> bool:
     """Whether attention takes `Layout` and bias objects instead of masks: it is "urform", or none was named."""
-    if isinstance(config._attn_implementation, DefaultAttention):
+    if not config._names_attention:  # the library's default then serves the paths that Urform's own leaves
         return True
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
     return getattr(attend, "takes_layouts", False)

@@ -48,7 +48,6 @@ from .layers_urform import (
     turns,
 )
 from .packing_urform import (
-    DefaultAttention,
     Packing,
     check_pairs,
     check_starts,
@@ -109,17 +108,13 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
         """
         return not self.config.is_encoder_decoder and self.config.position_encoding not in ("alibi", "t5")
 
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As the library's; where nothing is asked for, its default's name stands for Urform's own attention."""
-        found = super().get_correct_attn_implementation(requested_attention, is_init_check)
-        return DefaultAttention(found) if requested_attention is None else found
-
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As the library's, which takes a name equal to the default's for no change."""
+        before = self.config._attn_implementation
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         named = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
-        if named is not None and named == self.config._attn_implementation:
-            self.config._attn_implementation_internal = named
+        if named is not None and (named == before or self.config._attn_implementation != before):
+            self.config._names_attention = True
 
     def init_parallel_plans(self) -> None:
         """Keep of the config's plans, which serve every stack, what matches a module of this model."""
