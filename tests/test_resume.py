@@ -6,6 +6,7 @@ The independent truth is a run that nobody disturbed: a resumed one must have it
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -433,6 +434,7 @@ def test_other_data_under_the_same_name(tmp_path: Path) -> None:
 def test_a_change_can_be_allowed_and_free_ones_are_said(
     recipe: Path, stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, logger="urform")  # a command with --quiet, run in this process, leaves it at ERROR
     out = Path(shutil.copytree(stopped, tmp_path / "out"))
     overrides = ["max_grad_norm=0.1", "save_steps=3", "max_steps=6"]
     with pytest.raises(ValueError, match=r"--allow-change training\.max_grad_norm"):
