@@ -68,7 +68,7 @@ $(TOOLS_VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test-tools: $(TOOLS_VENV)/.installed
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(TOOLS_VENV)/bin/python -m pytest -q -rs $(ARGS) tests/test_tools_*.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(TOOLS_VENV)/bin/python -m pytest -q -rs $(ARGS) tests/tools
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -73,8 +73,10 @@ def _register_tokenizer(auto: Any) -> None:
 
 
 def _register_attention(modeling_utils: Any) -> None:
-    if f"{_PACKAGE}.modeling.attention_interface" not in sys.modules:  # else it is just being imported: next rule
-        importlib.import_module(".modeling.attention_interface", _PACKAGE)
+    if (
+        f"{_PACKAGE}.modeling.stock_models.attention_interface" not in sys.modules
+    ):  # else it is just being imported: next rule
+        importlib.import_module(".modeling.stock_models.attention_interface", _PACKAGE)
 
 
 def _register_imported_attention(modeling_utils: Any, attention_interface: Any) -> None:
@@ -174,7 +176,10 @@ _RULES: list[tuple[Sequence[str], Callable[..., None]]] = [
     ((f"{_AUTO}.modeling_auto", _CONFIGURATION), _register_models),
     ((f"{_AUTO}.tokenization_auto",), _register_tokenizer),
     (("transformers.modeling_utils",), _register_attention),
-    (("transformers.modeling_utils", f"{_PACKAGE}.modeling.attention_interface"), _register_imported_attention),
+    (
+        ("transformers.modeling_utils", f"{_PACKAGE}.modeling.stock_models.attention_interface"),
+        _register_imported_attention,
+    ),
     (("peft.utils.constants",), _register_peft_targets),
     (("peft.auto",), _register_auto_peft),
     (("peft.tuners.trainable_tokens.model",), _register_trainable_tokens),

@@ -29,7 +29,15 @@ from typing import Any
 from .bundle_stamp import CONFIG_KEY, NEEDS, STAMP_NAME, config_stamp, need_libraries, read_stamp, write_stamp
 from .checkpoint_files import INDEX_NAME, read_weight_map, refuse_pickled
 
-FOLDERS = ("configuration", "modeling", "modeling/kernels", "tokenization")
+FOLDERS = (
+    "configuration",
+    "modeling",
+    "modeling/kernels",
+    "modeling/kernels/blockwise",
+    "modeling/kernels/triton",
+    "modeling/stock_models",
+    "tokenization",
+)
 ENTRIES = ("configuration_urform", "modeling_urform", "tokenization_urform")
 
 _ENCODER, _DECODER, _BOTH = "encoder", "decoder", "encoder-decoder"

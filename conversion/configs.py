@@ -48,7 +48,7 @@ def _is_causal(stock: PreTrainedConfig, family: Family) -> bool:
 
 
 # Fields that transformers looks for in every config (`getattr`, `hasattr`), though the classes of most families do not
-# declare them: when they change no number. tests/test_conversion_fields.py looks for those that a release adds.
+# declare them: when they change no number. test_conversion_fields.py looks for those that a release adds.
 _LOOKED_FOR: dict[str, Callable[[Any, Family], bool]] = {
     **{name: _is_unset(name) for name in (*READ_BY_LIBRARY, "fusion_config", "transformers_weights")},
     "is_causal": _is_causal,

@@ -21,11 +21,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration.configuration_urform import UrformConfig
-from .attention_interface import NAME as ATTENTION_NAME
 from .kernels.attention_biases import ALiBi, Bias, T5Bias
 from .kernels.attention_dispatch import is_autocast
 from .kernels.attention_layouts import Layout
 from .kernels.dropout_bits import dropout, dropout_add
+from .stock_models.attention_interface import NAME as ATTENTION_NAME
 
 
 class UrformLayerNorm(nn.Module):

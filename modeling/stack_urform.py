@@ -32,7 +32,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.bundle_urform import BundledCodeMixin
 from ..configuration.configuration_urform import UrformConfig
-from .attention_interface import register_attention
 from .caches_urform import CACHE, cache_field, given_cache
 from .kernels.attention_layouts import Layout
 from .kernels.dropout_bits import dropout
@@ -61,6 +60,7 @@ from .packing_urform import (
     takes_layouts,
 )
 from .parallel_urform import refuse_uneven
+from .stock_models.attention_interface import register_attention
 
 logger = logging.get_logger(__name__)
 register_attention()  # remote code never runs the package's __init__

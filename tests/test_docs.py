@@ -25,8 +25,8 @@ import torch
 import typer
 import yaml
 from packaging.requirements import Requirement
-from test_training import toy_recipe
 from torch import nn
+from toy_training import toy_recipe
 from transformers import BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
@@ -43,12 +43,14 @@ DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs"
 NOT_RUN = {
     "pre-commit install": "writes a hook into the checkout's .git; `make lint` runs the same linters",
     'python -c "import urform; from transformers.cli.transformers import app; app()" serve out --port 8000': (
-        "a server, which does not end; tests/test_tools_serve.py runs it"
+        "a server, which does not end; tests/tools/test_tools_serve.py runs it"
     ),
     'python -c "import urform; from trl.cli import main; main()" sft --model_name_or_path out --dataset_name my_data': (
-        "needs TRL; tests/test_tools_trl.py runs it"
+        "needs TRL; tests/tools/test_tools_trl.py runs it"
     ),
-    "urform evaluate out --lm-eval hellaswag": "needs lm-eval and the real Hub; tests/test_tools_lm_eval.py runs it",
+    "urform evaluate out --lm-eval hellaswag": (
+        "needs lm-eval and the real Hub; tests/tools/test_tools_lm_eval.py runs it"
+    ),
     "urform evaluate out --lm-eval hellaswag --lm-eval arc_easy": "the same",
     "urform evaluate out --lm-eval my_task --include-path my_tasks --num-fewshot 2 --limit 100": "the same",
 }

@@ -20,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 
 import urform
 from urform.configuration.bundle_stamp import NEEDS
+from urform.configuration.bundle_urform import FOLDERS
 from urform.dependencies import TESTED
 
 ROOT = Path(urform.__file__).resolve().parent
@@ -166,7 +167,7 @@ print("ok")
 
 QUICK_ORDERS = [
     "import urform",
-    "import urform.modeling.attention_interface",
+    "import urform.modeling.stock_models.attention_interface",
     "from urform import UrformModel",
     "from transformers import Trainer, pipeline; import urform",
 ]
@@ -275,11 +276,15 @@ print(sorted(names))
 # ---------------------------------------------------------------------------------------------------------- layering
 
 # A folder may import only from these (DESIGN.md: dependencies point downwards only).
+KERNELS = ("modeling/kernels", "modeling/kernels/blockwise", "modeling/kernels/triton")
 MAY_IMPORT = {
-    "modeling/kernels": {"modeling/kernels"},
+    "modeling/kernels": {*KERNELS},
+    "modeling/kernels/blockwise": {*KERNELS},
+    "modeling/kernels/triton": {*KERNELS},
+    "modeling/stock_models": {"modeling/stock_models", "modeling/kernels"},
     "configuration": {"configuration"},
     "tokenization": {"tokenization", "configuration"},
-    "modeling": {"modeling", "modeling/kernels", "configuration"},
+    "modeling": {"modeling", "modeling/stock_models", "modeling/kernels", "configuration"},
     "training": {"training", "publishing", "modeling", "modeling/kernels", "configuration", "tokenization", ""},
     "conversion": {"conversion", "publishing", "modeling", "modeling/kernels", "configuration", "tokenization", ""},
     "diagnostics": {"diagnostics", "publishing", "modeling", "modeling/kernels", "configuration"},
@@ -321,7 +326,7 @@ def test_dependencies_point_downwards(folder: str):
 
 
 def test_kernels_know_no_transformers_and_no_config():
-    for path in (ROOT / "modeling/kernels").glob("*.py"):
+    for path in (ROOT / "modeling/kernels").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -329,8 +334,7 @@ def test_kernels_know_no_transformers_and_no_config():
 
 
 def test_module_basenames_are_unique():
-    folders = ("configuration", "modeling", "modeling/kernels", "tokenization")
-    names = [p.stem for f in folders for p in (ROOT / f).glob("*.py") if p.name != "__init__.py"]
+    names = [p.stem for f in FOLDERS for p in (ROOT / f).glob("*.py") if p.name != "__init__.py"]
     assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
 
 
@@ -412,8 +416,8 @@ def test_tests_of_the_sdist_find_their_helpers(sdist: Path, tmp_path: Path):
         "-q",
         "-p",
         "no:cacheprovider",
-        "tests/test_seeds.py",
-        "tests/test_presets.py",
+        "tests/modeling/test_seeds.py",
+        "tests/configuration/test_presets.py",
     ]
     done = subprocess.run(
         [*command, "-k", "seed or list"], cwd=sdist, env=env, capture_output=True, text=True, check=False
@@ -509,8 +513,7 @@ def test_wheel_holds_every_module(wheel_names: list[str]):
     top = {"__init__.py", "hub_upload.py", "registration.py", "dependencies.py", "py.typed"}
     assert {f"urform/{name}" for name in top} <= set(wheel_names)
     assert "urform/setup.py" not in wheel_names
-    packages = ["configuration", "modeling", "modeling/kernels", "tokenization", "training", "training/recipes",
-                "diagnostics", "publishing", "cli"]  # fmt: skip
+    packages = [*FOLDERS, "conversion", "training", "training/recipes", "diagnostics", "publishing", "cli"]
     for folder in packages:
         for path in (ROOT / folder).iterdir():
             if path.suffix in (".py", ".yaml"):

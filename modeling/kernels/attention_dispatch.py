@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from .attention_biases import Bias
-from .attention_blockwise import blockwise_attention
 from .attention_direct import is_direct
 from .attention_layouts import Layout
 from .attention_reference import reference_attention
 from .attention_sdpa import sdpa_attention
+from .blockwise.attention_blockwise import blockwise_attention
 
 FEATURES: dict[str, str] = {
     "causal": "causal=True",
@@ -65,7 +65,7 @@ class Backend:
 
 
 def _triton(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-    from .attention_triton import triton_attention  # Triton is loaded by whoever uses it
+    from .triton.attention_triton import triton_attention  # Triton is loaded by whoever uses it
 
     return triton_attention(*tensors, **options)
 
