@@ -2,7 +2,7 @@
 """The parts of the Transformer: norms, positions, attention, feed-forward, block; and what heads are made of.
 
 One `UrformAttention`, one `UrformMLP` and one `UrformLayer` serve encoder, decoder and encoder-decoder. They read
-their axes from the config and know nothing of padding: masks and biases come from the stack.
+their axes from the config. Who may see whom comes with the `Plan` that the stack hands to each layer.
 
 Shapes: B batch, L queries, S keys, H heads, G key/value heads, D head dim, E hidden.
 """
@@ -10,7 +10,7 @@ Shapes: B batch, L queries, S keys, H heads, G key/value heads, D head dim, E hi
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration.configuration_urform import UrformConfig
-from .kernels.attention_biases import ALiBi, Bias, T5Bias
-from .kernels.attention_dispatch import is_autocast
-from .kernels.attention_layouts import Layout
+from .kernels.attention_biases import ALiBi, Bias, DenseBias, T5Bias
+from .kernels.attention_dispatch import attention, is_autocast
 from .kernels.dropout_bits import dropout, dropout_add
-from .stock_models.attention_interface import NAME as ATTENTION_NAME
+from .plan_urform import ByLayout, ByMask, How, Plan
 
 
 class UrformLayerNorm(nn.Module):
@@ -149,7 +148,7 @@ class UrformRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Integer positions `[B, L]` to cosines and sines `[B, L, rotated]`, in the dtype of `x`.
+        """Compute what `rotate` takes from integer positions `[B, L]`: two of `[B, 1, L, R]` in the dtype of `x`.
 
         `lengths` `[B, L]` are those of each token's sequence, on which frequencies may depend; None: a row is one.
         """
@@ -159,18 +158,12 @@ class UrformRotaryEmbedding(nn.Module):
             rows = (position_ids.amax(-1, keepdim=True) + 1).expand_as(position_ids)
             frequencies = self._of_length(rows if lengths is None else lengths)
         angle = position_ids[..., None].to(wide) * frequencies.to(x.device, wide)
-        angle = torch.cat((angle, angle), dim=-1)
-        return (angle.cos() * self.attention_scaling).to(x.dtype), (angle.sin() * self.attention_scaling).to(x.dtype)
-
-
-def turns(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Make of angles `[B, L, R]` what `rotate` takes, `[B, 1, L, R]`: the sines of the first half turn backwards."""
-    half = sin.shape[-1] // 2
-    return cos[:, None], torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)[:, None]
+        cos, sin = ((wave * self.attention_scaling).to(x.dtype) for wave in (angle.cos(), angle.sin()))
+        return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
 def rotate(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + R / 2) of the first R features by `turns(...)`."""
+    """Rotate pairs (i, i + R / 2) of the first R features by a rotary embedding's cosines and signed sines."""
     size = cos.shape[-1]
     if size < x_BHLD.shape[-1]:
         return torch.cat((rotate(x_BHLD[..., :size], cos, sin), x_BHLD[..., size:]), dim=-1)
@@ -290,6 +283,7 @@ class UrformAttention(nn.Module):
         sliding = not is_cross_attention and sizes.layer_types[layer_idx] == "sliding_attention"
         # The library's two-sided masks reach `sliding_window` keys to each side, its kernels count the query's own too.
         self.sliding_window = config.sliding_window + (not is_decoder) if sliding else None
+        self.window = (self.sliding_window - 1, self.sliding_window - 1) if sliding else None
 
         self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=config.attention_bias)
@@ -305,62 +299,97 @@ class UrformAttention(nn.Module):
             self.k_proj._init_std = self.v_proj._init_std = config.hidden_size**-0.5
             self.o_proj._init_std = (heads * width) ** -0.5
 
-    def _keys_values(self, states: Tensor, positions: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        how: How,
+        cos_sin: tuple[Tensor, Tensor] | None = None,
+        position_bias: Tensor | Bias | None = None,
+        key_value_states: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `[B, L, E]` to itself or to `key_value_states` `[B, S, E]`; return `[B, L, E]` and weights.
+
+        Only eager attention returns weights, `[B, H, L, S]`.
+        """
+        hidden_states = cast_once(hidden_states)
+        query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        if cos_sin is not None:
+            query = rotate(query, *cos_sin)
+        if key_value_states is None:
+            key, value = self.keys_values(hidden_states, cos_sin, cache)
+        else:
+            key, value = self.source_keys_values(key_value_states, cache)
+        if isinstance(how, ByLayout):
+            output, weights = self.attend_by_layout(query, key, value, how, position_bias), None
+        else:
+            output, weights = self.attend_by_mask(query, key, value, how, position_bias)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def keys_values(
+        self, states: Tensor, cos_sin: tuple[Tensor, Tensor] | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Project keys and values `[B, G, S, D]`; with a cache, add them to it and return all that it holds."""
         shape = (*states.shape[:-1], -1, self.head_dim)
         key = self.k_proj(states).view(shape).transpose(1, 2)
         value = self.v_proj(states).view(shape).transpose(1, 2)
         if self.k_norm is not None:
             key = self.k_norm(key)
-        return (key if positions is None else rotate(key, *positions)), value
+        if cos_sin is not None:
+            key = rotate(key, *cos_sin)
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        return (key, value) if cache is None else cache.update(key, value, self.layer_idx)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        key_value_states: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        implementation: str | None = None,
-        **kwargs: Any,
+    def source_keys_values(self, states: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Project the encoder's keys and values, or return those that the cache holds since the first step."""
+        if not isinstance(cache, EncoderDecoderCache):
+            return self.keys_values(cast_once(states), None, cache)
+        if cache.is_updated.get(self.layer_idx):
+            held = cache.cross_attention_cache.layers[self.layer_idx]
+            return held.keys, held.values
+        cache.is_updated[self.layer_idx] = True
+        return self.keys_values(cast_once(states), None, cache.cross_attention_cache)
+
+    def attend_by_layout(
+        self, query: Tensor, key: Tensor, value: Tensor, how: ByLayout, position_bias: Tensor | Bias | None
+    ) -> Tensor:
+        """Call Urform's own attention on `[B, H, L, D]`, or on packed rows `[1, H, N, D]`; return `[…, L, H, D]`."""
+        output = attention(
+            query[0].transpose(0, 1) if how.queries.is_packed else query.transpose(1, 2),
+            key[0].transpose(0, 1) if how.keys.is_packed else key.transpose(1, 2),
+            value[0].transpose(0, 1) if how.keys.is_packed else value.transpose(1, 2),
+            q_layout=how.queries,
+            kv_layout=how.keys,
+            causal=self.is_causal,
+            window=self.window,
+            bias=DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias,
+            softcap=self.softcap,
+            scale=self.scaling,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return cast(Tensor, output)
+
+    def attend_by_mask(
+        self, query: Tensor, key: Tensor, value: Tensor, how: ByMask, position_bias: Tensor | Bias | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from `hidden_states` `[B, L, E]` to itself, or to `key_value_states` `[B, S, E]` if given."""
-        is_cross = key_value_states is not None
-        hidden_states = cast_once(hidden_states)
-        query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-        if self.q_norm is not None:
-            query = self.q_norm(query)
-        if position_embeddings is not None:
-            query = rotate(query, *position_embeddings)
-
-        cache, is_cached = past_key_values, False
-        if isinstance(past_key_values, EncoderDecoderCache):
-            cache = past_key_values.cross_attention_cache if is_cross else past_key_values.self_attention_cache
-            is_cached = is_cross and bool(past_key_values.is_updated.get(self.layer_idx))
-        if is_cached:
-            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
-        else:
-            states = cast_once(key_value_states) if is_cross else hidden_states
-            key, value = self._keys_values(states, position_embeddings)
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
-            if is_cross and isinstance(past_key_values, EncoderDecoderCache):
-                past_key_values.is_updated[self.layer_idx] = True
-
-        name = ATTENTION_NAME if "q_layout" in kwargs else implementation or self.config._attn_implementation
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        output, weights = attend(
+        """Call an attention function of transformers on `[B, H, L, D]`; return `[B, L, H, D]` and its weights."""
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(how.implementation, eager_attention_forward)
+        return attend(
             self,
             query,
             key,
             value,
-            attention_mask,
+            how.mask,
             dropout=self.dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             softcap=self.softcap,
-            **kwargs,
+            position_bias=position_bias,
+            **how.keywords,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class UrformMLP(nn.Module):
@@ -416,54 +445,31 @@ class UrformLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        plan: Plan,
         encoder_hidden_states: Tensor | None = None,
         position_bias: Tensor | Bias | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        encoder_layout: Layout | None = None,
-        implementation: str | None = None,
-        **kwargs: Any,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """`[B, L, E]` to `[B, L, E]`; `kwargs` (packing) and `position_bias` are for self-attention alone."""
-        layouts = {}
-        if encoder_layout is not None:
-            layouts = {"q_layout": kwargs["q_layout"], "kv_layout": encoder_layout}
-        block_input = hidden_states
+        """Compute the block, `[B, L, E]` to `[B, L, E]`.
 
-        def self_attention(hidden: Tensor) -> Tensor:
-            return self.self_attn(
-                hidden,
-                attention_mask,
-                past_key_values=past_key_values,
-                position_embeddings=position_embeddings,
-                position_bias=position_bias,
-                implementation=implementation,
-                **kwargs,
-            )[0]
-
-        def cross_attention(hidden: Tensor) -> Tensor:
-            return self.cross_attn(
-                hidden,
-                encoder_attention_mask,
-                key_value_states=encoder_hidden_states,
-                past_key_values=past_key_values,
-                implementation=implementation,
-                **layouts,
-            )[0]
-
-        hidden_states = self._residual("self_attn", self_attention, hidden_states, block_input)
+        Tensors that need gradients come by position: reentrant checkpointing sees no others.
+        """
+        hidden = block_input = hidden_states
+        own = (plan.own, plan.cos_sin, position_bias, None, cache)
+        hidden = self._residual("self_attn", hidden, block_input, *own)
         if self.cross_attn is not None:
-            hidden_states = self._residual("cross_attn", cross_attention, hidden_states, block_input)
-        return self._residual("mlp", self.mlp, hidden_states, block_input)
+            cross = (plan.cross, None, None, encoder_hidden_states, cache)
+            hidden = self._residual("cross_attn", hidden, block_input, *cross)
+        return self._residual("mlp", hidden, block_input)
 
-    def _residual(self, name: str, sublayer: Callable, hidden: Tensor, block_input: Tensor) -> Tensor:
-        """One sublayer with its norm, dropout and residual connection, in the order of `norm_position`."""
-        norm = getattr(self, f"{name}_norm")
+    def _residual(self, name: str, hidden: Tensor, block_input: Tensor, *arguments: Any) -> Tensor:
+        """Apply one sublayer with its norm, dropout and residual connection, in the order of `norm_position`."""
+        norm, sublayer = getattr(self, f"{name}_norm"), getattr(self, name)
+        inputs = block_input if self.norm_position == "parallel" else hidden
+        output = sublayer(inputs if self.norm_position == "post" else norm(inputs), *arguments)
+        output = output[0] if arguments else output  # attention's weights are for those who record them
         if self.norm_position == "post":
-            return norm(dropout_add(hidden, sublayer(hidden), self.dropout, self.training))
-        output = sublayer(norm(block_input if self.norm_position == "parallel" else hidden))
+            return norm(dropout_add(hidden, output, self.dropout, self.training))
         if self.norm_position == "sandwich":
             output = getattr(self, f"{name}_post_norm")(output)
         return dropout_add(hidden, output, self.dropout, self.training)

@@ -36,12 +36,12 @@ from ..configuration.configuration_urform import UrformConfig
 from .caches_urform import CACHE, cache_field, cache_of, given_cache
 from .kernels.loss_linear_cross_entropy import linear_cross_entropy
 from .layers_urform import SourceWeights, UrformClassifier, UrformTransform, keep_logits, pool, real_tokens
-from .packing_urform import find_documents, follows_its_own
-from .stack_urform import UrformDecoder, UrformEncoder, UrformPreTrainedModel
+from .sequences_urform import Sequences
+from .stack_urform import UrformDecoder, UrformEncoder, UrformPreTrainedModel, packed_row
 
 
 def shift_right(ids: Tensor, start: int | Tensor, pad: int, mask: Tensor | None = None) -> Tensor:
-    """Teacher forcing: `[start, x_0 .. x_{L-2}]`, where `mask` `[B, L]` says which tokens are real (None: all).
+    """Return `[start, x_0 .. x_{L-2}]` for ids `[B, L]`; `mask` says which tokens are real (None: all).
 
     `start` is a token, or one for each row, `[B, 1]`. In a left-padded row it stands at the first real place, so the
     row is what it is without padding.
@@ -58,34 +58,37 @@ def shift_right(ids: Tensor, start: int | Tensor, pad: int, mask: Tensor | None 
     return shifted.masked_fill(shifted == -100, pad)
 
 
-def real_targets(labels: Tensor, given: bool, seen: bool) -> Tensor:
-    """Which target tokens are real, `[B, L]`: unless their logits are `seen`, none behind a row's last label.
+def decoder_inputs(config: UrformConfig, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return what the decoder reads to predict `ids` `[B, L]`: them, shifted right after the start token.
 
-    No loss depends on what comes there. Unless the decoder's input is `given` beside the labels, none before a row's
-    first label either: left padding.
+    Raises:
+        ValueError: `decoder_start_token_id` or `pad_token_id` is None.
     """
-    labelled = labels != -100
-    real = torch.ones_like(labelled) if seen else labelled.flip(-1).cummax(-1).values.flip(-1)
-    return (real if given else real & labelled.cummax(-1).values).long()
+    start, pad = start_and_pad(config)
+    if not config.decoder_start_from_labels:
+        return shift_right(ids, start, pad, mask)
+    real = (ids != -100) & (ids != pad) & (True if mask is None else mask.bool())
+    last = (torch.arange(ids.shape[1], device=ids.device) * real).amax(-1, keepdim=True)
+    return shift_right(ids, ids.gather(1, last), pad, mask)
 
 
 def start_and_pad(config: UrformConfig) -> tuple[int, int]:
-    """`decoder_start_token_id` and `pad_token_id`, which teacher forcing needs."""
+    """Return `decoder_start_token_id` and `pad_token_id`, which teacher forcing needs, or raise ValueError."""
     for name in ("decoder_start_token_id", "pad_token_id"):
         if getattr(config, name) is None:
             raise ValueError(f"config.{name} is None, but the decoder's input is shifted with it; set it")
     return config.decoder_start_token_id, config.pad_token_id
 
 
-def decoder_inputs(config: UrformConfig, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What the decoder reads to predict `ids` `[B, L]`: them, shifted right behind the token that it starts with."""
-    start: int | Tensor
-    start, pad = start_and_pad(config)
-    if config.decoder_start_from_labels:
-        real = (ids != -100) & (ids != pad) & (True if mask is None else mask.bool())
-        last = (torch.arange(ids.shape[1], device=ids.device) * real).amax(-1, keepdim=True)
-        start = ids.gather(1, last)
-    return shift_right(ids, start, pad, mask)
+def real_targets(labels: Tensor, given: bool, all_logits: bool) -> Tensor:
+    """Return which target tokens are real, `[B, L]`: none after a row's last label, unless `all_logits` are read.
+
+    No loss depends on what comes there. Unless the decoder's input is `given` with the labels, none before a row's
+    first label is real either: left padding.
+    """
+    labelled = labels != -100
+    real = torch.ones_like(labelled) if all_logits else labelled.flip(-1).cummax(-1).values.flip(-1)
+    return (real if given else real & labelled.cummax(-1).values).long()
 
 
 def _rest(outputs: ModelOutput) -> dict[str, Any]:
@@ -94,7 +97,24 @@ def _rest(outputs: ModelOutput) -> dict[str, Any]:
 
 
 class UrformModel(UrformPreTrainedModel):
-    """The backbone: an encoder, a decoder or both, without a head."""
+    """The backbone: an encoder, a decoder or both, without a head.
+
+    What its forward pass and those of the heads take; arguments that begin with `decoder_` are for an encoder-decoder.
+
+    - `input_ids` `[B, S]` or `inputs_embeds` `[B, S, E]`: tokens of the source or of the only stack.
+    - `attention_mask` `[B, S]`: 1 for real tokens, 0 for padding on any side; also 4D, or one per layer type.
+    - `position_ids` `[B, S]`: None counts real tokens. A packed document begins where the position of a real token is
+      not the one before plus one, and documents do not see each other.
+    - `cu_seq_lens_q`, `cu_seq_lens_k` (int `[documents + 1]`), `max_length_q`, `max_length_k`: the documents of one
+      packed row, instead of `position_ids`. In an encoder-decoder q is the target's row and k the source's.
+    - `token_type_ids` `[B, S]`: for configs with `type_vocab_size`.
+    - `decoder_input_ids` `[B, L]` or `decoder_inputs_embeds` `[B, L, E]`: None takes the source, shifted right.
+    - `decoder_attention_mask` `[B, L]` and `decoder_position_ids` `[B, L]`: as those of the source.
+    - `encoder_outputs`: the encoder's output, to run the decoder alone.
+    - `past_key_values`, `use_cache`: a cache to read and fill, an `EncoderDecoderCache` for an encoder-decoder; `cache`
+      is its name from transformers 5.24 on, and both are served.
+    - `output_hidden_states`, `output_attentions`: what to return of every layer.
+    """
 
     def __init__(self, config: UrformConfig):
         super().__init__(config)
@@ -135,39 +155,14 @@ class UrformModel(UrformPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqModelOutput | BaseModelOutput | BaseModelOutputWithPastAndCrossAttentions:
-        """Run the Transformer; arguments that begin with `decoder_` are for an encoder-decoder.
-
-        Args:
-            input_ids: `[B, S]`, tokens of the source or of the only stack.
-            attention_mask: `[B, S]`, 1 for real tokens, 0 for padding on any side; also 4D, or one per layer type.
-            decoder_input_ids: `[B, L]`; None: `input_ids` shifted right.
-            decoder_attention_mask: `[B, L]`.
-            position_ids: `[B, S]`; None: real tokens are counted. Where they begin anew, a new document begins, and
-                documents do not see each other (packing).
-            decoder_position_ids: The same for the target.
-            token_type_ids: `[B, S]`, for configs with `type_vocab_size`.
-            encoder_outputs: The encoder's output, to run the decoder alone.
-            past_key_values: A cache; an `EncoderDecoderCache` for an encoder-decoder. `cache` is its name from
-                transformers 5.24 on; both are served.
-            inputs_embeds: `[B, S, E]` instead of `input_ids`.
-            decoder_inputs_embeds: `[B, L, E]` instead of `decoder_input_ids`.
-            use_cache: Whether to fill and return a cache. None: as configured.
-            cache: See `past_key_values`.
-            **kwargs: `output_hidden_states`, `output_attentions`; `cu_seq_lens_q`, `cu_seq_lens_k` (int `[documents +
-                1]`), `max_length_q`, `max_length_k` for one packed row (an encoder-decoder's targets are q, its
-                sources k).
+        """Run the Transformer; the class says what the arguments are.
 
         Raises:
             ValueError: Ids outside the vocabulary, positions beyond the learned table, empty or missing inputs,
                 packed sides that disagree.
         """
-        config = self.config
-        source = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
+        source = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        masks = {"attention_mask": attention_mask, "position_ids": position_ids}
         target = {
             "input_ids": decoder_input_ids,
             "attention_mask": decoder_attention_mask,
@@ -176,49 +171,42 @@ class UrformModel(UrformPreTrainedModel):
         }
         cache = given_cache(past_key_values, cache)
         caching = {**cache_field(cache), "use_cache": use_cache}
-        if config.is_encoder_decoder:
+        if self.config.is_encoder_decoder:
             source["token_type_ids"] = token_type_ids
-            return self._encode_decode(source, {**target, **caching}, encoder_outputs, **kwargs)
-        for name, value in {**target, "outputs": encoder_outputs}.items():
+            return self._encode_decode(source, masks, {**target, **caching}, encoder_outputs, **kwargs)
+        self._refuse(encoder_outputs=encoder_outputs, **{f"decoder_{name}": value for name, value in target.items()})
+        if self.config.architecture == "decoder":
+            return self.decoder(**source, **masks, **caching, **kwargs)
+        return self.encoder(**source, **masks, token_type_ids=token_type_ids, **cache_field(cache), **kwargs)
+
+    def _refuse(self, **arguments: Any) -> None:
+        """Raise ValueError for what only an encoder-decoder takes."""
+        for name, value in arguments.items():
             if value is not None:
-                name = "encoder_outputs" if name == "outputs" else f"decoder_{name}"
-                raise ValueError(f"{name} is for an encoder-decoder; this is architecture={config.architecture!r}")
-        if config.architecture == "decoder":
-            return self.decoder(**source, **caching, **kwargs)
-        return self.encoder(**source, token_type_ids=token_type_ids, **cache_field(cache), **kwargs)
+                raise ValueError(f"{name} is for an encoder-decoder; this is architecture={self.config.architecture!r}")
 
     def _encode_decode(
         self,
         source: dict[str, Any],
+        masks: dict[str, Any],
         target: dict[str, Any],
         encoder_outputs: Any,
         **kwargs: Any,
     ) -> Seq2SeqModelOutput:
-        for side, letter in ((target, "q"), (source, "k")):  # each stack attends to itself: its queries are its keys
-            lengths, longest = kwargs.get(f"cu_seq_lens_{letter}"), kwargs.get(f"max_length_{letter}")
-            if lengths is not None:
-                side.update(cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=longest, max_length_k=longest)
-        kwargs = {key: value for key, value in kwargs.items() if not key.startswith(("cu_seq_lens_", "max_length_"))}
+        row = packed_row(kwargs, "k")
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(**source, **kwargs)
-        elif not isinstance(encoder_outputs, ModelOutput):
-            names = ("last_hidden_state", "hidden_states", "attentions")
-            encoder_outputs = BaseModelOutput(**dict(zip(names, encoder_outputs, strict=False)))
-        states, mask = encoder_outputs.last_hidden_state, source["attention_mask"]
+            tokens = (source["input_ids"], source["inputs_embeds"])
+            sequences = Sequences.of(self.config, *tokens, *masks.values(), row)
+            encoder_outputs = self.encoder(**source, sequences=sequences, **kwargs)
+        else:
+            if not isinstance(encoder_outputs, ModelOutput):
+                names = ("last_hidden_state", "hidden_states", "attentions")
+                encoder_outputs = BaseModelOutput(**dict(zip(names, encoder_outputs, strict=False)))
+            sequences = Sequences.of_states(encoder_outputs.last_hidden_state, *masks.values(), row)
+        states = encoder_outputs.last_hidden_state
         if target["input_ids"] is None and target["inputs_embeds"] is None:
-            self._shift_source(source, target)
-        outputs = self.decoder(
-            **target,
-            encoder_hidden_states=states,
-            encoder_attention_mask=mask,
-            encoder_documents=find_documents(
-                states.shape[1],
-                source["position_ids"],
-                mask if mask is not None and mask.ndim == 2 else None,
-                source.get("cu_seq_lens_q"),
-            ),
-            **kwargs,
-        )
+            self._shift_source(source, masks["attention_mask"], target)
+        outputs = self.decoder(**target, encoder_hidden_states=states, encoder_sequences=sequences, **kwargs)
         return Seq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             **cache_field(cache_of(outputs)),
@@ -230,9 +218,9 @@ class UrformModel(UrformPreTrainedModel):
             encoder_attentions=encoder_outputs.attentions,
         )
 
-    def _shift_source(self, source: dict[str, Any], target: dict[str, Any]) -> None:
-        """Give the decoder, where it has no input, the source behind the start token (as BART does)."""
-        input_ids, embeds, mask = source["input_ids"], source["inputs_embeds"], source["attention_mask"]
+    def _shift_source(self, source: dict[str, Any], mask: Tensor | None, target: dict[str, Any]) -> None:
+        """Give a decoder without input the source after the start token (as BART does)."""
+        input_ids, embeds = source["input_ids"], source["inputs_embeds"]
         if input_ids is None and embeds is None:
             raise ValueError("decoder_input_ids is missing; give it, decoder_inputs_embeds or labels")
         if target["attention_mask"] is None:
@@ -485,7 +473,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             use_cache = False
             skip_logits = self.skips_logits(skip_logits)
             if decoder_attention_mask is None and (skip_logits or not given) and kwargs.get("cu_seq_lens_q") is None:
-                decoder_attention_mask = real_targets(labels, given, seen=not skip_logits)
+                decoder_attention_mask = real_targets(labels, given, all_logits=not skip_logits)
             if not given:
                 decoder_input_ids = decoder_inputs(self.config, labels, decoder_attention_mask)
             if cache is not None and decoder_attention_mask is not None:  # a trained prefix (PEFT) is real
@@ -502,7 +490,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             **cache_field(cache),
-            **_without_loss(kwargs),
+            **kwargs,
         )
         loss, logits = self.loss_and_logits(
             outputs.last_hidden_state, labels, logits_to_keep, skip_logits, **_of_loss(kwargs)
@@ -540,21 +528,19 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
         cache = given_cache(past_key_values, cache)
         if labels is not None and use_cache is None and cache is None:
             use_cache = False
+        row = packed_row(kwargs, "q")
+        sequences = Sequences.of(self.config, input_ids, inputs_embeds, attention_mask, position_ids, row, cache)
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            sequences=sequences,
             **cache_field(cache),
-            **_without_loss(kwargs),
+            **kwargs,
         )
-        if labels is not None:
-            mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
-            length, starts = labels.shape[1], kwargs.get("cu_seq_lens_q")
-            documents = find_documents(length, None if cache is not None else position_ids, mask, starts)
-            follows = follows_its_own(length, mask, documents, labels.device)
-            labels = labels if follows is None else labels.masked_fill(~follows, -100)
+        predicted = None if labels is None else sequences.predicted(labels.device)
+        if predicted is not None:
+            labels = labels.masked_fill(~predicted, -100)
         loss, logits = self.loss_and_logits(
             outputs.last_hidden_state, labels, logits_to_keep, skip_logits, shift=True, **_of_loss(kwargs)
         )
@@ -591,7 +577,7 @@ class UrformForMaskedLM(UrformLanguageModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            **_without_loss(kwargs),
+            **kwargs,
         )
         loss, logits = self.loss_and_logits(
             outputs.last_hidden_state, labels, skip_logits=skip_logits, **_of_loss(kwargs)
@@ -602,10 +588,6 @@ class UrformForMaskedLM(UrformLanguageModel):
 
 
 _LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "label_smoothing", "z_loss", "ignore_index")
-
-
-def _without_loss(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if key not in _LOSS_OPTIONS}
 
 
 def _of_loss(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -651,7 +633,7 @@ class UrformForSequenceClassification(UrformPreTrainedModel):
             decoder_position_ids=decoder_position_ids,
             past_key_values=past_key_values,
             use_cache=False if labels is not None else use_cache,
-            **_without_loss(kwargs),
+            **kwargs,
         )
         hidden, ids, mask = outputs.last_hidden_state, input_ids, attention_mask
         if decoder_input_ids is not None or decoder_inputs_embeds is not None:
@@ -703,7 +685,7 @@ class UrformForTokenClassification(UrformPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            **_without_loss(kwargs),
+            **kwargs,
         )
         logits = self.classifier(outputs.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
@@ -755,7 +737,7 @@ class UrformForQuestionAnswering(UrformPreTrainedModel):
             decoder_inputs_embeds=decoder_inputs_embeds,
             past_key_values=past_key_values,
             use_cache=False if start_positions is not None else use_cache,
-            **_without_loss(kwargs),
+            **kwargs,
         )
         hidden = outputs.last_hidden_state
         hidden = hidden if self.transform is None else self.transform(hidden)
@@ -806,7 +788,7 @@ class UrformForMultipleChoice(UrformPreTrainedModel):
             position_ids=flat(position_ids),
             token_type_ids=flat(token_type_ids),
             inputs_embeds=flat(inputs_embeds),
-            **_without_loss(kwargs),
+            **kwargs,
         )
         hidden = outputs.last_hidden_state
         real = real_tokens(hidden, ids, mask, self.config)

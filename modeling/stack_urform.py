@@ -1,28 +1,19 @@
 # Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
-"""The stack: embeddings, positions, masks, the layers of `layers_urform.py`, final norm.
+"""The stacks: `UrformStack.forward` is embed, layers, norm; `UrformEncoder` and `UrformDecoder` are its two doors.
 
-Padding and packing are settled here, once per stack and before its layers: positions count real tokens only,
-documents never see each other, source and target have masks of their own.
+A door decides once what its inputs are (`Sequences`) and the stack chooses once how its layers attend (`choose_route`).
 
 Shapes: B batch, L length, S source length, E hidden.
 """
 
-import copy
 import math
 import re
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.masking_utils import (
-    create_bidirectional_mask,
-    create_bidirectional_sliding_window_mask,
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-)
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
@@ -32,8 +23,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.bundle_urform import BundledCodeMixin
 from ..configuration.configuration_urform import UrformConfig
-from .caches_urform import CACHE, cache_field, given_cache
-from .kernels.attention_layouts import Layout
+from .caches_urform import cache_field, given_cache
+from .kernels.attention_biases import Bias
 from .kernels.dropout_bits import dropout
 from .layers_urform import (
     SourceWeights,
@@ -44,33 +35,14 @@ from .layers_urform import (
     UrformRotaryEmbedding,
     build_norm,
     sinusoidal_positions,
-    turns,
-)
-from .packing_urform import (
-    Packing,
-    check_pairs,
-    check_starts,
-    find_documents,
-    find_packing,
-    find_positions,
-    refuse_unpaired,
-    same_document,
-    sequence_lengths,
-    source_layout,
-    takes_layouts,
 )
 from .parallel_urform import refuse_uneven
+from .plan_urform import Asked, Packed, Plan, Route, asked, choose_route
+from .sequences_urform import PackedRow, Sequences, sequence_lengths
 from .stock_models.attention_interface import register_attention
 
 logger = logging.get_logger(__name__)
 register_attention()  # remote code never runs the package's __init__
-
-_MASKS: dict[tuple[str, bool], Callable] = {
-    ("full_attention", True): create_causal_mask,
-    ("full_attention", False): create_bidirectional_mask,
-    ("sliding_attention", True): create_sliding_window_causal_mask,
-    ("sliding_attention", False): create_bidirectional_sliding_window_mask,
-}
 
 
 class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
@@ -178,9 +150,35 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
         return embeddings
 
 
-def _bool_mask(mask: Any) -> Any:
-    """A padding mask `[B, S]` in a float type, as PEFT's prefixes make it, in bool; any other mask as it is."""
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and mask.is_floating_point() else mask
+class Tokens(NamedTuple):
+    """What a stack embeds: ids `[B, L]` or embeddings `[B, L, E]`, and token types `[B, L]`."""
+
+    ids: Tensor | None
+    embeds: Tensor | None = None
+    types: Tensor | None = None
+
+    @property
+    def given(self) -> Tensor:
+        """Return the one of ids and embeddings that there is."""
+        return self.ids if self.embeds is None else self.embeds
+
+
+class Memory(NamedTuple):
+    """The encoder's states `[B, S, E]`, which cross-attention reads, and their sequences."""
+
+    states: Tensor
+    sequences: Sequences
+
+
+def packed_row(keywords: dict[str, Any], side: str) -> PackedRow | None:
+    """Return the starts and the longest length of one packed row, if the caller gave them; `side`: "q" or "k"."""
+    starts = keywords.get(f"cu_seq_lens_{side}")
+    return None if starts is None else (starts, keywords.get(f"max_length_{side}"))
+
+
+def self_attention_cache(cache: Cache | None) -> Cache | None:
+    """Return the part of a cache that self-attention fills."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 class UrformStack(UrformPreTrainedModel):
@@ -217,60 +215,60 @@ class UrformStack(UrformPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
-        if (input_ids is None) == (inputs_embeds is None):
-            side = "decoder_" if self.is_decoder and self.config.is_encoder_decoder else ""
-            raise ValueError(f"Give exactly one of {side}input_ids and {side}inputs_embeds")
-        if inputs_embeds is None:
-            self._check_ids(input_ids)
-        elif inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size or 0 in inputs_embeds.shape:
-            raise ValueError(
-                f"inputs_embeds must be [batch, length, hidden_size={self.config.hidden_size}] with at least one "
-                f"token, got {list(inputs_embeds.shape)}"
-            )
-
-    def _embed(
+    def forward(
         self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        token_type_ids: Tensor | None,
-        packing: Packing | None,
+        tokens: Tokens,
+        sequences: Sequences,
+        memory: Memory | None = None,
+        cache: Cache | None = None,
+        asks: Asked = Asked(),
     ) -> Tensor:
-        def take(x: Tensor) -> Tensor:
-            return x if packing is None else packing.pack(x)
+        """Compute final hidden states `[B, L, E]`: embed, layers, norm."""
+        kinds, own_cache, source = frozenset(self.layer_types), self_attention_cache(cache), memory and memory.sequences
+        route = choose_route(
+            self.config, kinds, self.is_decoder, tokens.given, sequences, source, own_cache, asks
+        )
+        hidden = self.embed(tokens, sequences, route)
+        states = None if memory is None else route.enter_source(memory.states)
+        plans = self.plans(hidden, sequences, route, states)
+        biases = self.position_biases(hidden, sequences, route, own_cache)
+        for layer in self.layers:
+            kind = layer.layer_type
+            hidden = layer(hidden, plans[kind], states, biases.get(kind), cache=cache)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        return route.leave(hidden)
 
-        if inputs_embeds is not None:
-            embeds = take(inputs_embeds)
+    def embed(self, tokens: Tokens, sequences: Sequences, route: Route) -> Tensor:
+        """Embed tokens, types and positions: `[B, L]` to what the layers read."""
+        hooked = bool(self.embed_tokens._forward_hooks)  # what a hook adds (NEFTune) may depend on the batch's shape
+        if tokens.embeds is not None or hooked:
+            hidden = route.enter(self.embed_ids(tokens.ids) if tokens.embeds is None else tokens.embeds)
         else:
-            # What a hook adds (NEFTune's noise) may depend on the batch's shape.
-            hooked = bool(self.embed_tokens._forward_hooks)
-            ids = input_ids if hooked else take(input_ids)
-            if hasattr(self.embed_tokens.weight, "placements") and not is_tracing(ids):
-                self._check_vocabulary(ids)  # a lookup in a sharded table gives zeros for what no shard has
-            try:
-                embeds = self.embed_tokens(ids)
-            except IndexError:
-                self._check_vocabulary(ids)
-                raise
-            embeds = take(embeds) if hooked else embeds
+            hidden = self.embed_ids(route.enter(tokens.ids))
         if self.embed_token_types is not None:
-            if token_type_ids is None:
-                types = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-            else:
-                types = take(token_type_ids)
-            embeds = embeds + self.embed_token_types(types)
-        return embeds
+            zeros = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+            hidden = hidden + self.embed_token_types(zeros if tokens.types is None else route.enter(tokens.types))
+        if self.config.position_encoding == "sinusoidal":
+            hidden = hidden + self.sinusoids(self.positions(sequences, route), hidden.dtype)
+        elif self.embed_positions is not None:
+            hidden = hidden + self.learned_positions(self.positions(sequences, route))
+        if self.embed_norm is not None:
+            hidden = self.embed_norm(hidden)
+        return dropout(hidden, self.config.hidden_dropout_prob, self.training)
 
-    def _check_past(self, mask: Tensor | None, past: int | Tensor, length: int) -> None:
-        """Refuse a 2D mask that does not cover what the cache holds: which keys it means would be a guess."""
-        if mask is not None and isinstance(past, int) and past > 0 and mask.shape[1] < past + length:
-            name = "decoder_attention_mask" if self.is_decoder and self.config.is_encoder_decoder else "attention_mask"
-            raise ValueError(
-                f"{name} covers {mask.shape[1]} tokens, but the cache holds {past} and {length} more come; give a mask "
-                f"of {past + length}, or none"
-            )
+    def embed_ids(self, input_ids: Tensor) -> Tensor:
+        """Look up ids `[B, L]`; raise ValueError for those outside the vocabulary."""
+        if hasattr(self.embed_tokens.weight, "placements") and not is_tracing(input_ids):
+            self.check_vocabulary(input_ids)  # a lookup in a sharded table gives zeros for what no shard has
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError:
+            self.check_vocabulary(input_ids)
+            raise
 
-    def _check_vocabulary(self, input_ids: Tensor) -> None:
+    def check_vocabulary(self, input_ids: Tensor) -> None:
+        """Raise ValueError for ids outside the table."""
         rows = self.embed_tokens.num_embeddings
         low, high = (int(x) for x in input_ids.aminmax()) if input_ids.numel() else (0, 0)
         if low < 0 or high >= rows:
@@ -279,14 +277,12 @@ class UrformStack(UrformPreTrainedModel):
                 "the tokenizer is larger than vocab_size: call model.resize_token_embeddings(len(tokenizer))"
             )
 
-    def _check_ids(self, input_ids: Tensor) -> None:
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids must be int64 or int32 token ids, got {input_ids.dtype}; call .long() on ids")
-        if input_ids.ndim != 2 or 0 in input_ids.shape:
-            raise ValueError(f"input_ids must be [batch, length] with at least one token, got {list(input_ids.shape)}")
+    def positions(self, sequences: Sequences, route: Route) -> Tensor:
+        """Return the positions of the tokens that the layers read."""
+        return route.enter(sequences.positions.expand(sequences.shape)) if isinstance(route, Packed) else sequences.positions
 
-    def _waves(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """The sinusoids of positions `[B, L]`; on a CPU those of each position are computed once."""
+    def sinusoids(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compute the sinusoids of positions `[B, L]`; on a CPU those of each position once."""
         config, places, index = self.config, position_ids, None
         if position_ids.device.type == "cpu" and not is_tracing(position_ids):
             first, last = (int(x) for x in position_ids.aminmax())
@@ -299,270 +295,71 @@ class UrformStack(UrformPreTrainedModel):
             waves = waves * (places >= 0)[..., None]
         return waves if index is None else waves[index]
 
-    def _add_positions(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
-        config = self.config
-        if config.position_encoding == "sinusoidal":
-            return embeds + self._waves(position_ids, embeds.dtype)
-        if self.embed_positions is None:
-            return embeds
+    def learned_positions(self, position_ids: Tensor) -> Tensor:
+        """Look up positions `[B, L]`; raise ValueError for those outside the table."""
         try:
-            return embeds + self.embed_positions(position_ids + config.position_offset)
+            return self.embed_positions(position_ids + self.config.position_offset)
         except IndexError as error:
             first, last = (int(x) for x in position_ids.aminmax())
+            longest = self.config.max_position_embeddings
             raise ValueError(
                 f"position {first if first < 0 else last} is beyond the learned table of max_position_embeddings="
-                f"{config.max_position_embeddings}; truncate the input (tokenizer: truncation=True, max_length="
-                f"{config.max_position_embeddings}) or configure a longer table"
+                f"{longest}; truncate the input (tokenizer: truncation=True, max_length={longest}) or configure a "
+                "longer table"
             ) from error
 
-    def _rope_lengths(self, position_ids: Tensor, documents: Tensor | None) -> Tensor | None:
-        """The lengths `[B, L]` on which rotary frequencies depend, where there are such."""
-        if self.rotary_emb is None or not any(module.depends_on_length for module in self.rotary_emb.values()):
-            return None
+    def plans(self, hidden: Tensor, sequences: Sequences, route: Route, states: Tensor | None) -> dict[str, Plan]:
+        """Return what each type of layer is told."""
+        kinds, cos_sin, lengths = sorted(set(self.layer_types)), {}, None
+        own, cross = route.attend(hidden, states, kinds)
+        if self.rotary_emb is not None:
+            position_ids = self.positions(sequences, route)
+            if any(module.depends_on_length for module in self.rotary_emb.values()):
+                lengths = self.rope_lengths(position_ids, sequences, route)
+            cos_sin = {kind: rotary(hidden, position_ids, lengths) for kind, rotary in self.rotary_emb.items()}
+        return {kind: Plan(own[kind], cross, cos_sin.get(kind)) for kind in kinds}
+
+    def rope_lengths(self, position_ids: Tensor, sequences: Sequences, route: Route) -> Tensor:
+        """Return the lengths `[B, L]` on which the rotary frequencies of each token depend."""
         if self.config.rope_length == "batch":
             return (position_ids.amax() + 1).expand_as(position_ids)
-        return sequence_lengths(position_ids, documents)
+        packed = isinstance(route, Packed)
+        return sequence_lengths(position_ids, route.target.layout.sequences[None] if packed else sequences.documents)
 
-    def _masks(
-        self, config: UrformConfig, embeds: Tensor, attention_mask: Any, cache: Cache | None, documents: Tensor | None
-    ) -> dict[str, Any]:
-        """One mask per layer type, in the form that the attention implementation wants."""
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        own = None if documents is None else same_document(documents, documents)
-        return {
-            kind: _MASKS[kind, self.is_decoder](
-                config=config,
-                inputs_embeds=embeds,
-                attention_mask=attention_mask,
-                and_mask_function=own,
-                **{CACHE: cache},
-            )
-            for kind in set(self.layer_types)
-        }
-
-    def _biases(self, embeds: Tensor, cache: Cache | None, past_length: int | Tensor) -> dict[str, Tensor]:
-        """The position bias `[B, H, L, S]` per layer type (a sliding cache holds fewer keys); none: an empty dict."""
+    def position_biases(
+        self, hidden: Tensor, sequences: Sequences, route: Route, cache: Cache | None
+    ) -> dict[str, Tensor | Bias]:
+        """Return the position bias of each type of layer: an object where packed, else `[B, H, L, S]`; {}: there is none."""
         if self.position_bias is None:
             return {}
-        batch, length = embeds.shape[:2]
-        queries = torch.arange(length, device=embeds.device) + past_length
+        if isinstance(route, Packed):
+            return dict.fromkeys(self.layer_types, self.position_bias.bias(hidden.device))
+        batch, length = hidden.shape[:2]
+        queries = torch.arange(length, device=hidden.device) + sequences.past
         biases = {}
         for kind in set(self.layer_types):
             keys, offset = length, 0
-            if cache is not None:
+            if cache is not None:  # a sliding cache holds fewer keys
                 keys, offset = cache.get_mask_sizes(length, self.layer_types.index(kind))
-            places = torch.arange(keys, device=embeds.device) + offset
-            biases[kind] = self.position_bias(queries[None], places[None], embeds.dtype).expand(batch, -1, -1, -1)
+            places = torch.arange(keys, device=hidden.device) + offset
+            biases[kind] = self.position_bias(queries[None], places[None], hidden.dtype).expand(batch, -1, -1, -1)
         return biases
 
-    def _records(self, kwargs: dict[str, Any], *names: str) -> bool:
-        """Whether the caller or the config asks for these outputs of every layer."""
-        flags = (f"output_{name}" for name in names)
-        wanted = (kwargs.get(flag, getattr(self.config, flag, None)) for flag in flags)
-        return any(want is not None and want is not False for want in wanted)
+    def checkpointed(self, cache: Cache | None) -> Cache | None:
+        """Return the cache that the layers get: none under activation checkpointing, which would fill it twice.
 
-    def _needs_eager(self, kwargs: dict[str, Any]) -> bool:
-        """Whether this call takes eager attention, which alone returns weights, instead of what is configured."""
-        if not self._records(kwargs, "attentions", "cross_attentions"):
-            return False
-        named = str(self.config._attn_implementation)
-        if named == "eager":
-            return False
-        if not takes_layouts(self.config) and named != "sdpa":
-            logger.warning_once(f"attn_implementation={named!r} returns no attention weights; set 'eager' to see them")
-            return False
-        logger.warning_once("output_attentions=True: this call uses eager attention, which alone returns weights")
-        return True
-
-    def _packing(
-        self, given: Tensor, attention_mask: Any, cache: Cache | None, documents: Tensor | None, **kwargs: Any
-    ) -> Packing | None:
-        """The batch without padding, where the attention takes layouts and nobody reads padded tensors on the way."""
-        if cache is not None or not takes_layouts(self.config) or is_tracing(given):
-            return None
-        if self._records(kwargs, "hidden_states", "attentions", "cross_attentions"):
-            return None
-        mask, packed = attention_mask, kwargs.get("cu_seq_lens_q")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != given.shape[:2] or packed is not None):
-            return None
-        packing = find_packing(tuple(given.shape[:2]), mask, documents, packed, given.device)
-        return None if packing.is_empty else packing
-
-    def _run(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Any,
-        position_ids: Tensor | None,
-        token_type_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        cross: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Inputs to final hidden states; `cross` holds the encoder's states, padding mask and documents."""
-        self._check_inputs(input_ids, inputs_embeds)
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        attention_mask = _bool_mask(attention_mask)
-        if cross is not None:
-            cross = (cross[0], _bool_mask(cross[1]), cross[2])
-        mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
-        past = cache.get_seq_length() if cache is not None else 0
-        packed = kwargs.get("cu_seq_lens_q")
-        if packed is not None:
-            check_starts(packed, *given.shape[:2])
-        self._check_past(mask, past, given.shape[1])
-        has_past = isinstance(past, Tensor) or past > 0
-        documents = find_documents(given.shape[1], None if has_past else position_ids, mask, packed)
-        packing = self._packing(given, attention_mask, cache, documents, **kwargs)
-        source = None
-        if packing is not None and cross is not None:
-            source = self._source_packing(packing, *cross)
-            packing = None if source is None else packing
-
-        embeds = self._embed(input_ids, inputs_embeds, token_type_ids, packing)
-        laid_out = packing is not None and (self.config.position_counting == "mask" or packed is not None)
-        if position_ids is None and not laid_out:
-            position_ids = find_positions(given, mask, packed, documents, past, input_ids, self.config)
-        if packing is not None and position_ids is None:
-            position_ids = packing.layout.positions[None]
-        elif packing is not None:
-            position_ids = packing.pack(position_ids.expand(packing.shape))
-        hidden_states = self._add_positions(embeds, position_ids)
-        if self.embed_norm is not None:
-            hidden_states = self.embed_norm(hidden_states)
-        hidden_states = dropout(hidden_states, self.config.hidden_dropout_prob, self.training)
-
-        rotary = self.rotary_emb.items() if self.rotary_emb is not None else ()
-        lengths = self._rope_lengths(position_ids, documents if packing is None else packing.layout.sequences[None])
-        angles = {kind: turns(*module(hidden_states, position_ids, lengths)) for kind, module in rotary}
-        encoder_hidden_states = None if cross is None else cross[0]
-        masks: dict[str, Any] = {}
-        biases: dict[str, Any] = {}
-        if packing is not None:
-            packed_keywords = ("cu_seq_lens_", "max_length_")
-            kwargs = {key: value for key, value in kwargs.items() if not key.startswith(packed_keywords)}
-            kwargs["q_layout"] = packing.layout
-            if self.position_bias is not None:
-                biases = dict.fromkeys(self.layer_types, self.position_bias.bias(embeds.device))
-            if source is not None:
-                kwargs["encoder_layout"] = source.layout
-                encoder_hidden_states = source.pack(encoder_hidden_states)
-        else:
-            biases = self._biases(embeds, cache, past)
-            layouts = None
-            if not self._records(kwargs, "attentions", "cross_attentions"):
-                layouts = self._cached_layouts(embeds, attention_mask, cache, documents, cross)
-            if layouts is not None:
-                kwargs.update(layouts)
-            else:
-                config = self.config
-                if self._needs_eager(kwargs):
-                    kwargs["implementation"] = "eager"
-                    config = copy.copy(config)
-                    config._attn_implementation_internal = "eager"
-                masks = self._masks(config, embeds, attention_mask, cache, documents)
-                if cross is not None:
-                    states, cross_mask = cross[0], cross[1:]
-                    kwargs["encoder_attention_mask"] = self._cross_mask(config, embeds, states, documents, *cross_mask)
-                if documents is not None:
-                    kwargs["position_ids"] = position_ids  # by these flash attention tells documents apart
-        for layer in self.layers:  # what needs gradients goes by position: reentrant checkpointing sees only those
-            hidden_states = layer(
-                hidden_states,
-                masks.get(layer.layer_type),
-                encoder_hidden_states,
-                biases.get(layer.layer_type),
-                position_embeddings=angles.get(layer.layer_type),
-                **kwargs,
+        Raises:
+            ValueError: the cache holds tokens, which would be lost.
+        """
+        if cache is None or not (self.gradient_checkpointing and self.training):
+            return cache
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                "past_key_values holds tokens, which activation checkpointing cannot read; call model.eval(), or "
+                "model.gradient_checkpointing_disable()"
             )
-        if self.norm is not None:
-            hidden_states = self.norm(hidden_states)
-        if packing is not None:
-            return packing.unpack(hidden_states)
-        if cache is None and mask is not None and mask.shape == given.shape[:2] and takes_layouts(self.config):
-            return hidden_states.masked_fill(
-                mask[..., None].to(hidden_states.device) == 0, 0.0
-            )  # as where it is packed
-        return hidden_states
-
-    def _cached_layouts(
-        self,
-        embeds: Tensor,
-        attention_mask: Any,
-        cache: Cache | None,
-        documents: Tensor | None,
-        cross: tuple[Tensor, Tensor | None, Tensor | None] | None,
-    ) -> dict[str, Layout] | None:
-        """What a decoding step needs instead of masks, where a growing cache holds every key; else None."""
-        mask = attention_mask
-        if type(cache) is not DynamicCache or set(self.layer_types) != {"full_attention"} or documents is not None:
-            return None
-        if not takes_layouts(self.config) or is_tracing(embeds):
-            return None
-        (batch, length), keys = embeds.shape[:2], cache.get_seq_length() + embeds.shape[1]
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, keys)):
-            return None
-        if mask is None or length == 1:  # a single query stands at the end of its row
-            layouts = {"q_layout": Layout.full(batch, length, embeds.device)}
-        elif bool((mask[:, -1] == 0).any()):  # padding on the right, from which generation would go on
-            return None
-        else:
-            layouts = {"q_layout": Layout.padded(mask[:, -length:], finite=True)}
-        if mask is None:
-            layouts["kv_layout"] = Layout.full(batch, keys, embeds.device)
-        else:
-            layouts["kv_layout"] = Layout.padded(mask, finite=True)
-        if cross is not None:
-            states, source_mask, source_documents = cross
-            if source_documents is not None or (source_mask is not None and source_mask.shape != states.shape[:2]):
-                return None
-            layouts["encoder_layout"] = source_layout(states, source_mask)
-        return layouts
-
-    def _source_packing(
-        self,
-        packing: Packing,
-        encoder_hidden_states: Tensor,
-        encoder_attention_mask: Tensor | None,
-        encoder_documents: Tensor | None,
-    ) -> Packing | None:
-        """The encoder's states without padding, paired with the target's sequences; None: their mask is no 2D one."""
-        shape = encoder_hidden_states.shape[:2]
-        if encoder_attention_mask is not None and encoder_attention_mask.shape != shape:
-            return None
-        device = encoder_hidden_states.device
-        source = find_packing(tuple(shape), encoder_attention_mask, encoder_documents, None, device)
-        check_pairs(packing, source)
-        return None if source.is_empty else source
-
-    def _cross_mask(
-        self,
-        config: UrformConfig,
-        embeds: Tensor,
-        encoder_hidden_states: Tensor,
-        documents: Tensor | None,
-        encoder_attention_mask: Tensor | None,
-        encoder_documents: Tensor | None,
-    ) -> Any:
-        """The mask of cross-attention: padding of the source, and each target document its own source document."""
-        same = None
-        if documents is not None or encoder_documents is not None:
-            sides = [documents, encoder_documents]
-            for i, states in enumerate((embeds, encoder_hidden_states)):
-                if sides[i] is None:
-                    sides[i] = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-            ends = [side[:, -1] + 1 for side in sides]
-            if not is_tracing(ends[0]):
-                refuse_unpaired(*ends)
-            same = same_document(*sides)
-        return create_bidirectional_mask(
-            config=config,
-            inputs_embeds=embeds,
-            attention_mask=encoder_attention_mask,
-            encoder_hidden_states=encoder_hidden_states,
-            and_mask_function=same,
-        )
+        logger.warning_once("activation checkpointing fills no cache: past_key_values stays empty")
+        return None
 
 
 class UrformEncoder(UrformStack):
@@ -577,7 +374,7 @@ class UrformEncoder(UrformStack):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -586,13 +383,21 @@ class UrformEncoder(UrformStack):
         inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
+        sequences: Sequences | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """See `UrformModel.forward`; `past_key_values` is a prefix that every token sees (Li & Liang 2021)."""
-        cache = given_cache(past_key_values, cache)
-        if cache is not None:
-            kwargs.update(past_key_values=cache, cache=cache)
-        states = self._run(input_ids, inputs_embeds, attention_mask, position_ids, token_type_ids, **kwargs)
+        """See `UrformModel.forward`; `past_key_values` is a prefix that every token sees (Li & Liang 2021).
+
+        `sequences` is what the masks and positions say, where a model has decided it already.
+        """
+        cache = self.checkpointed(given_cache(past_key_values, cache))
+        if sequences is None:
+            row = packed_row(kwargs, "q")
+            sequences = Sequences.of(
+                self.config, input_ids, inputs_embeds, attention_mask, position_ids, row, cache
+            )
+        tokens = Tokens(input_ids, inputs_embeds, token_type_ids)
+        states = super().forward(tokens, sequences, None, cache, asked(self.config, kwargs))
         return BaseModelOutput(last_hidden_state=states)
 
 
@@ -609,43 +414,54 @@ class UrformDecoder(UrformStack):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        encoder_documents: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        sequences: Sequences | None = None,
+        encoder_sequences: Sequences | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """See `UrformModel.forward`; `encoder_documents` `[B, S]` numbers the documents of packed sources."""
-        if self.config.is_encoder_decoder and encoder_hidden_states is None:
-            raise ValueError("encoder_hidden_states is None; the decoder of an encoder-decoder needs them")
-        past_key_values = given_cache(past_key_values, cache)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-            if self.config.is_encoder_decoder:  # the cross-attention's cache slides for no layer
-                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
-        if self.config.is_encoder_decoder and not isinstance(past_key_values, EncoderDecoderCache | None):
+        """See `UrformModel.forward`; `sequences` and `encoder_sequences` are for a model that has decided them."""
+        cache = self.prepare_cache(given_cache(past_key_values, cache), use_cache)
+        layers_cache = self.checkpointed(cache)
+        memory, prefix = None, ""
+        if self.config.is_encoder_decoder:
+            if encoder_hidden_states is None:
+                raise ValueError("encoder_hidden_states is None; the decoder of an encoder-decoder needs them")
+            if encoder_sequences is None:
+                encoder_sequences = Sequences.of_states(encoder_hidden_states, encoder_attention_mask, None, None)
+            memory, prefix = Memory(encoder_hidden_states, encoder_sequences), "decoder_"
+        if sequences is None:
+            row, own_cache = packed_row(kwargs, "q"), self_attention_cache(layers_cache)
+            sequences = Sequences.of(
+                self.config, input_ids, inputs_embeds, attention_mask, position_ids, row, own_cache, prefix
+            )
+        tokens = Tokens(input_ids, inputs_embeds)
+        states = super().forward(tokens, sequences, memory, layers_cache, asked(self.config, kwargs))
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=states, **cache_field(cache if use_cache else None)
+        )
+
+    def prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        """Return the cache to fill: the given one, or a new one if the caller wants one.
+
+        Raises:
+            ValueError: an encoder-decoder was given a cache for one stack.
+        """
+        if self.config.is_encoder_decoder and not isinstance(cache, EncoderDecoderCache | None):
             raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; an encoder-decoder needs an "
+                f"past_key_values is a {type(cache).__name__}; an encoder-decoder needs an "
                 "EncoderDecoderCache(self_attention_cache, cross_attention_cache)"
             )
-        cache = past_key_values
-        if isinstance(past_key_values, EncoderDecoderCache):
-            cache = past_key_values.self_attention_cache
-        cross = None
-        if encoder_hidden_states is not None:
-            cross = (encoder_hidden_states, encoder_attention_mask, encoder_documents)
-        kwargs.update(past_key_values=past_key_values, use_cache=use_cache)
-        hidden_states = self._run(
-            input_ids, inputs_embeds, attention_mask, position_ids, cache=cache, cross=cross, **kwargs
-        )
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, **cache_field(past_key_values if use_cache else None)
-        )
+        if cache is not None or not use_cache:
+            return cache
+        cache = DynamicCache(config=self.config)  # the cross-attention's cache slides for no layer
+        return EncoderDecoderCache(cache, DynamicCache()) if self.config.is_encoder_decoder else cache

@@ -1,0 +1,423 @@
+# Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
+"""How attention is told who may see whom: packed, cached or masked. `choose_route` decides, and nothing else does.
+
+- `Packed`, the fast path: the real tokens of a batch in one row, end to end, through all layers. No mask is made.
+- `Cached`, a step of generation: the sequences stay padded, and layouts stand for the masks.
+- `Masked`, all else (a named implementation, recorded states or weights, sliding or static caches, finished masks):
+  the masks of transformers, for its attention functions.
+
+A layer gets a `Plan`. Plans are named tuples, not dataclasses: FSDP and accelerate find the tensors in tuples.
+
+Shapes: B batch, L target length, S source length, N real tokens, E hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+from transformers.utils.import_utils import is_tracing
+
+from .caches_urform import CACHE
+from .kernels.attention_layouts import Layout
+from .sequences_urform import Sequences, refuse_unpaired
+
+logger = logging.get_logger(__name__)
+
+_MASKS: dict[tuple[str, bool], Callable[..., Any]] = {
+    ("full_attention", True): create_causal_mask,
+    ("full_attention", False): create_bidirectional_mask,
+    ("sliding_attention", True): create_sliding_window_causal_mask,
+    ("sliding_attention", False): create_bidirectional_sliding_window_mask,
+}
+
+
+# ---------------------------------------------------------------------------------------------- what a layer is given
+
+
+class ByLayout(NamedTuple):
+    """Attend by layouts, with Urform's own `attention()`."""
+
+    queries: Layout
+    keys: Layout
+
+
+class ByMask(NamedTuple):
+    """Attend by a mask, with an attention function of transformers.
+
+    Attributes:
+        implementation: the function's name.
+        mask: what the implementation's mask function made; None: nothing is hidden, or the function hides it itself.
+        keywords: what the function is told besides: `position_ids`, `cu_seq_lens_*`, `max_length_*`, `is_causal`.
+    """
+
+    implementation: str | None
+    mask: Any
+    keywords: dict[str, Any]
+
+
+How = ByLayout | ByMask
+
+
+class Plan(NamedTuple):
+    """What the layers of one type are told.
+
+    Attributes:
+        own: how self-attention attends.
+        cross: how cross-attention attends, if there is any.
+        cos_sin: cosines and sines of rotary positions, `[B, 1, L, R]` each, if the config has them.
+    """
+
+    own: How
+    cross: How | None
+    cos_sin: tuple[Tensor, Tensor] | None
+
+
+# ------------------------------------------------------------------------------------------------- packing and back
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """The real tokens of a `[B, L, ...]` batch as one row `[1, N, ...]`.
+
+    Attributes:
+        layout: the packed layout; each document is a sequence.
+        index: int64 `[N]`, the places of the real tokens in `[B * L]`; None: all are real.
+        shape: (B, L).
+        num_documents: int64 `[B]`, documents in each row.
+    """
+
+    layout: Layout
+    index: Tensor | None
+    shape: tuple[int, int]
+    num_documents: Tensor
+
+    @classmethod
+    def of(cls, sequences: Sequences, device: torch.device) -> Packing:
+        """Find the real tokens and their documents; wait for the device."""
+        shape, mask, documents = sequences.shape, sequences.mask, sequences.documents
+        if sequences.packed_row is not None and mask is None:
+            starts = sequences.packed_row[0].to(device)
+            return cls(Layout.packed(starts), None, shape, torch.tensor([len(starts) - 1]))
+        index = None
+        if mask is not None:
+            mask = mask.to(device).bool()
+            index = None if bool(mask.all()) else mask.flatten().nonzero()[:, 0]
+        if documents is None:
+            num_documents = torch.ones(shape[0], dtype=torch.long)
+            lengths = torch.full(shape[:1], shape[1], device=device) if mask is None else mask.sum(-1)
+        else:
+            documents = documents.expand(shape)
+            num_documents = documents[:, -1] + 1
+            numbers = (documents + (num_documents.cumsum(0) - num_documents)[:, None]).flatten()
+            numbers = numbers if index is None else numbers[index]
+            lengths = torch.bincount(numbers, minlength=int(num_documents.sum()))
+        sizes = tuple(lengths.tolist())
+        starts = nn.functional.pad(lengths.cumsum(0), (1, 0))
+        layout = Layout(len(sizes), max(sizes, default=0), lengths, cu_seqlens=starts, known_sizes=sizes)
+        return cls(layout, index, shape, num_documents)
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether not one token is real."""
+        return self.index is not None and self.index.numel() == 0
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Take the real tokens: `[B, L, ...]` to `[1, N, ...]`."""
+        flat = x.flatten(0, 1)
+        return (flat if self.index is None else flat.index_select(0, self.index))[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Put them back: `[1, N, ...]` to `[B, L, ...]`, zeros at padding."""
+        flat = x[0]
+        if self.index is not None:
+            places = flat.new_zeros(self.shape[0] * self.shape[1], *flat.shape[1:])
+            flat = places.index_copy(0, self.index, flat)
+        return flat.unflatten(0, self.shape)
+
+
+# ------------------------------------------------------------------------------------------------------------ routes
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """How the layers of a stack are told who may see whom, in one forward pass."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return the stack's `[B, L, ...]` as the layers take it."""
+        return x
+
+    def enter_source(self, states: Tensor) -> Tensor:
+        """Return the encoder's states `[B, S, E]` as the layers take them."""
+        return states
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """Return what comes out of the layers as `[B, L, E]`."""
+        return hidden
+
+    def attend(self, hidden: Tensor, states: Tensor | None, kinds: list[str]) -> tuple[dict[str, How], How | None]:
+        """Return how self-attention attends in each kind of layer, and how cross-attention does."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Packed(Route):
+    """Real tokens alone, in one row."""
+
+    target: Packing
+    source: Packing | None
+
+    def enter(self, x: Tensor) -> Tensor:
+        return self.target.pack(x)
+
+    def enter_source(self, states: Tensor) -> Tensor:
+        return states if self.source is None else self.source.pack(states)
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        return self.target.unpack(hidden)
+
+    def attend(self, hidden: Tensor, states: Tensor | None, kinds: list[str]) -> tuple[dict[str, How], How | None]:
+        target = self.target.layout
+        cross = None if self.source is None else ByLayout(target, self.source.layout)
+        return dict.fromkeys(kinds, ByLayout(target, target)), cross
+
+
+@dataclass(frozen=True, eq=False)
+class Cached(Route):
+    """New tokens after those in a growing cache, in padded tensors."""
+
+    own: ByLayout
+    cross: ByLayout | None
+
+    def attend(self, hidden: Tensor, states: Tensor | None, kinds: list[str]) -> tuple[dict[str, How], How | None]:
+        return dict.fromkeys(kinds, self.own), self.cross
+
+
+@dataclass(frozen=True, eq=False)
+class Masked(Route):
+    """Padded tensors, and the masks of transformers.
+
+    Attributes:
+        config: the model's, or a copy that names eager attention because the caller reads attention weights.
+        sequences: the stack's own.
+        source: the encoder's, for a decoder with cross-attention.
+        cache: of self-attention.
+        is_decoder: whether self-attention is causal.
+        keywords: see `ByMask`.
+        clears_padding: padding gives zeros, as where it is packed.
+    """
+
+    config: PreTrainedConfig
+    sequences: Sequences
+    source: Sequences | None
+    cache: Cache | None
+    is_decoder: bool
+    keywords: dict[str, Any]
+    clears_padding: bool
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        mask = self.sequences.mask
+        if mask is None or not self.clears_padding:
+            return hidden
+        return hidden.masked_fill(mask[..., None].to(hidden.device) == 0, 0.0)
+
+    def attend(self, hidden: Tensor, states: Tensor | None, kinds: list[str]) -> tuple[dict[str, How], How | None]:
+        name = self.config._attn_implementation
+        own: dict[str, How] = {
+            kind: ByMask(name, mask, self.keywords) for kind, mask in self._own_masks(hidden, kinds).items()
+        }
+        if states is None or self.source is None:
+            return own, None
+        return own, ByMask(name, self._cross_mask(hidden, states, self.source), {})
+
+    def _own_masks(self, hidden: Tensor, kinds: list[str]) -> dict[str, Any]:
+        sequences = self.sequences
+        if isinstance(sequences.full_mask, dict):
+            return {kind: sequences.full_mask.get(kind) for kind in kinds}
+        documents = sequences.documents
+        return {
+            kind: _MASKS[kind, self.is_decoder](
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=sequences.mask if sequences.full_mask is None else sequences.full_mask,
+                and_mask_function=None if documents is None else same_document(documents, documents),
+                **{CACHE: self.cache},
+            )
+            for kind in kinds
+        }
+
+    def _cross_mask(self, hidden: Tensor, states: Tensor, source: Sequences) -> Any:
+        """Make the mask of cross-attention: the source's padding, and each target document its own source document."""
+        same, sides = None, (self.sequences.documents, source.documents)
+        if sides != (None, None):
+            one = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+            targets, sources = (
+                one.expand(x.shape[:2]) if side is None else side
+                for side, x in zip(sides, (hidden, states), strict=True)
+            )
+            if not is_tracing(hidden):
+                refuse_unpaired(targets[:, -1] + 1, sources[:, -1] + 1)
+            same = same_document(targets, sources)
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=source.mask if source.full_mask is None else source.full_mask,
+            encoder_hidden_states=states,
+            and_mask_function=same,
+        )
+
+
+def same_document(query_documents: Tensor, key_documents: Tensor) -> Callable[..., Tensor]:
+    """Return a mask function: a query sees the keys of its own document."""
+
+    def inner(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return query_documents[batch_idx, q_idx] == key_documents[batch_idx, kv_idx]
+
+    return inner
+
+
+# ------------------------------------------------------------------------------------------------------- the choice
+
+
+class Asked(NamedTuple):
+    """What a caller asks by keyword that decides on the route.
+
+    Attributes:
+        states: hidden states of every layer, which only padded tensors show.
+        weights: attention weights, which only eager attention shows.
+        is_causal: transformers' override of the causality of self-attention; None: the stack's own.
+    """
+
+    states: bool = False
+    weights: bool = False
+    is_causal: bool | None = None
+
+
+def asked(config: PreTrainedConfig, keywords: dict[str, Any]) -> Asked:
+    """Read what is asked from a forward pass's keywords, which default to fields of the config."""
+
+    def wants(name: str) -> bool:
+        value = keywords.get(name, getattr(config, name, None))
+        return value is not None and value is not False
+
+    weights = wants("output_attentions") or wants("output_cross_attentions")
+    return Asked(wants("output_hidden_states"), weights, keywords.get("is_causal"))
+
+
+def takes_layouts(config: PreTrainedConfig) -> bool:
+    """Return whether attention may take layouts instead of masks: "urform" was named, or no implementation was."""
+    if not config._names_attention:  # the library's default then serves the routes that Urform's own leaves
+        return True
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
+    return getattr(attend, "takes_layouts", False)
+
+
+def choose_route(
+    config: PreTrainedConfig,
+    kinds: frozenset[str],
+    is_decoder: bool,
+    tokens: Tensor,
+    sequences: Sequences,
+    source: Sequences | None,
+    cache: Cache | None,
+    asks: Asked,
+) -> Route:
+    """Choose packed, cached or masked.
+
+    Args:
+        config: the model's.
+        kinds: the types of the stack's layers.
+        is_decoder: whether its self-attention is causal.
+        tokens: ids `[B, L]` or embeddings `[B, L, E]`, for their device and whether they are being traced.
+        sequences: the stack's own.
+        source: the encoder's, for a decoder with cross-attention.
+        cache: of self-attention.
+        asks: what the caller asks.
+
+    Raises:
+        ValueError: packed rows hold other numbers of targets than of sources.
+    """
+    fast = takes_layouts(config) and asks.is_causal is None and not asks.weights and not is_tracing(tokens)
+    fast = fast and sequences.is_plain and (source is None or source.is_plain)
+    if fast and cache is None and not asks.states and (sequences.mask is None or sequences.packed_row is None):
+        target = Packing.of(sequences, tokens.device)
+        origin = None if source is None else Packing.of(source, tokens.device)
+        if origin is not None and not target.is_empty:
+            refuse_unpaired(target.num_documents, origin.num_documents)
+        if not target.is_empty and (origin is None or not origin.is_empty):
+            return Packed(target, origin)
+    if fast and type(cache) is DynamicCache and kinds == {"full_attention"} and sequences.documents is None:
+        layouts = _cached_layouts(sequences, tokens.device)
+        if layouts is not None and source is None:
+            return Cached(layouts, None)
+        if layouts is not None and source is not None and source.documents is None:
+            return Cached(layouts, ByLayout(layouts.queries, _source_layout(source, tokens.device)))
+    keywords = {"is_causal": asks.is_causal, "position_ids": None if sequences.documents is None else sequences.positions}
+    if sequences.packed_row is not None:
+        starts, longest = sequences.packed_row
+        keywords |= dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=longest, max_length_k=longest)
+    clears = takes_layouts(config) and cache is None and sequences.is_plain
+    used = _eager(config) if asks.weights else config
+    return Masked(
+        used, sequences, source, cache, is_decoder, {k: v for k, v in keywords.items() if v is not None}, clears
+    )
+
+
+def _eager(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config with eager attention, which alone returns weights, where the caller may be given it."""
+    named = str(config._attn_implementation)
+    if named == "eager":
+        return config
+    if not takes_layouts(config) and named != "sdpa":
+        logger.warning_once(f"attn_implementation={named!r} returns no attention weights; set 'eager' to see them")
+        return config
+    logger.warning_once("output_attentions=True: this call uses eager attention, which alone returns weights")
+    config = copy.copy(config)
+    config._attn_implementation_internal = "eager"
+    return config
+
+
+def _cached_layouts(sequences: Sequences, device: torch.device) -> ByLayout | None:
+    """Return the layouts of new queries and of all keys in a growing cache; None where a mask has to say it."""
+    (batch, length), mask = sequences.shape, sequences.mask
+    keys = int(sequences.past) + length
+    if mask is None:
+        return ByLayout(Layout.full(batch, length, device), Layout.full(batch, keys, device))
+    if length == 1:  # a single query stands at the end of its row
+        queries = Layout.full(batch, length, device)
+    elif bool((mask[:, -1] == 0).any()):  # padding on the right, from which generation would go on
+        return None
+    else:
+        queries = Layout.padded(mask[:, -length:], finite=True)
+    return ByLayout(queries, Layout.padded(mask, finite=True))
+
+
+_source_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _source_layout(source: Sequences, device: torch.device) -> Layout:
+    """Return the layout of encoder states; of one mask it is made once, for all the steps of a generation."""
+    mask = source.mask
+    if mask is None:
+        return Layout.full(*source.shape, device)
+    if mask.is_inference():  # nothing says when it changes
+        return Layout.padded(mask.to(device).bool(), finite=True)
+    known = _source_layouts.get(mask)
+    if known is None or known[0] != mask._version:
+        known = _source_layouts[mask] = (mask._version, Layout.padded(mask.to(device).bool(), finite=True))
+    return known[1]
