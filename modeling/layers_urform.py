@@ -10,7 +10,7 @@ Shapes: B batch, L queries, S keys, H heads, G key/value heads, D head dim, E hi
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,13 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_tracing
 
 from ..configuration.configuration_urform import UrformConfig
 from .kernels.attention_biases import ALiBi, Bias, DenseBias, T5Bias
-from .kernels.attention_dispatch import attention, is_autocast
+from .kernels.attention_dispatch import attention
 from .kernels.dropout_bits import dropout, dropout_add
-from .plan_urform import ByLayout, ByMask, How, Plan
+from .plan_urform import ByMask, How, Plan
 
 
 class UrformLayerNorm(nn.Module):
@@ -72,8 +73,23 @@ class UrformEmbedding(nn.Embedding):
         self.embed_scale = embed_scale
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        embeds = super().forward(input_ids)
+        if hasattr(self.weight, "placements") and not is_tracing(input_ids):
+            self.refuse_unknown(input_ids)  # a lookup in a sharded table gives zeros for what no shard has
+        try:
+            embeds = super().forward(input_ids)
+        except IndexError:
+            self.refuse_unknown(input_ids)
+            raise
         return embeds if self.embed_scale == 1.0 else embeds * self.embed_scale
+
+    def refuse_unknown(self, input_ids: Tensor) -> None:
+        """Raise ValueError for ids outside the table."""
+        low, high = (int(x) for x in input_ids.aminmax()) if input_ids.numel() else (0, 0)
+        if low < 0 or high >= self.num_embeddings:
+            raise ValueError(
+                f"input_ids holds {low if low < 0 else high}, outside 0..{self.num_embeddings - 1}; "
+                "the tokenizer is larger than vocab_size: call model.resize_token_embeddings(len(tokenizer))"
+            )
 
 
 def sinusoidal_positions(position_ids: Tensor, size: int, dtype: torch.dtype, layout: str = "interleaved") -> Tensor:
@@ -258,9 +274,10 @@ def eager_attention_forward(
 
 
 def cast_once(hidden: Tensor) -> Tensor:
-    """What autocast would do to the input of each of several projections, done once for all of them."""
+    """Cast the input of several projections once, as autocast would for each of them."""
     kind = hidden.device.type
-    if hidden.dtype == torch.float32 and is_autocast(kind):
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)  # torch 2.11 cannot trace it
+    if hidden.dtype == torch.float32 and available and torch.is_autocast_enabled(kind):
         return hidden.to(torch.get_autocast_dtype(kind))
     return hidden
 
@@ -322,10 +339,27 @@ class UrformAttention(nn.Module):
             key, value = self.keys_values(hidden_states, cos_sin, cache)
         else:
             key, value = self.source_keys_values(key_value_states, cache)
-        if isinstance(how, ByLayout):
-            output, weights = self.attend_by_layout(query, key, value, how, position_bias), None
-        else:
+        if isinstance(how, ByMask):
             output, weights = self.attend_by_mask(query, key, value, how, position_bias)
+        else:
+            q, k, v = (x[0].transpose(0, 1) if how.packed else x.transpose(1, 2) for x in (query, key, value))
+            bias = DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias
+            output, weights = (
+                attention(
+                    q,
+                    k,
+                    v,
+                    q_layout=how.queries,
+                    kv_layout=how.keys,
+                    causal=self.is_causal,
+                    window=self.window,
+                    bias=bias,
+                    softcap=self.softcap,
+                    scale=self.scaling,
+                    dropout_p=self.dropout if self.training else 0.0,
+                ),
+                None,
+            )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
     def keys_values(
@@ -352,25 +386,6 @@ class UrformAttention(nn.Module):
             return held.keys, held.values
         cache.is_updated[self.layer_idx] = True
         return self.keys_values(cast_once(states), None, cache.cross_attention_cache)
-
-    def attend_by_layout(
-        self, query: Tensor, key: Tensor, value: Tensor, how: ByLayout, position_bias: Tensor | Bias | None
-    ) -> Tensor:
-        """Call Urform's own attention on `[B, H, L, D]`, or on packed rows `[1, H, N, D]`; return `[…, L, H, D]`."""
-        output = attention(
-            query[0].transpose(0, 1) if how.queries.is_packed else query.transpose(1, 2),
-            key[0].transpose(0, 1) if how.keys.is_packed else key.transpose(1, 2),
-            value[0].transpose(0, 1) if how.keys.is_packed else value.transpose(1, 2),
-            q_layout=how.queries,
-            kv_layout=how.keys,
-            causal=self.is_causal,
-            window=self.window,
-            bias=DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias,
-            softcap=self.softcap,
-            scale=self.scaling,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return cast(Tensor, output)
 
     def attend_by_mask(
         self, query: Tensor, key: Tensor, value: Tensor, how: ByMask, position_bias: Tensor | Bias | None

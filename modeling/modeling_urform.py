@@ -8,6 +8,7 @@ Shapes: B batch, L (target) length, S source length, E hidden, V vocabulary.
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,47 +38,30 @@ from .caches_urform import CACHE, cache_field, cache_of, given_cache
 from .kernels.loss_linear_cross_entropy import linear_cross_entropy
 from .layers_urform import SourceWeights, UrformClassifier, UrformTransform, keep_logits, pool, real_tokens
 from .sequences_urform import Sequences
-from .stack_urform import UrformDecoder, UrformEncoder, UrformPreTrainedModel, packed_row
-
-
-def shift_right(ids: Tensor, start: int | Tensor, pad: int, mask: Tensor | None = None) -> Tensor:
-    """Return `[start, x_0 .. x_{L-2}]` for ids `[B, L]`; `mask` says which tokens are real (None: all).
-
-    `start` is a token, or one for each row, `[B, 1]`. In a left-padded row it stands at the first real place, so the
-    row is what it is without padding.
-    """
-    shifted = ids.roll(1, dims=-1)
-    if mask is None:
-        first = torch.zeros_like(ids, dtype=torch.bool)
-        first[:, 0] = True
-    else:
-        mask = mask.bool()
-        first = mask & (mask.cumsum(-1) == 1)
-    shifted = torch.where(first, start, shifted)
-    shifted = shifted if mask is None else shifted.masked_fill(~mask, pad)
-    return shifted.masked_fill(shifted == -100, pad)
+from .stack_urform import UrformDecoder, UrformEncoder, UrformPreTrainedModel
 
 
 def decoder_inputs(config: UrformConfig, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return what the decoder reads to predict `ids` `[B, L]`: them, shifted right after the start token.
+    """Return what the decoder reads to predict `ids` `[B, L]`: `[start, x_0 .. x_{L-2}]` (teacher forcing).
+
+    `mask` `[B, L]` says which tokens are real (None: all). In a left-padded row the start token stands at the first
+    real place, so that the row is what it is without padding.
 
     Raises:
         ValueError: `decoder_start_token_id` or `pad_token_id` is None.
     """
-    start, pad = start_and_pad(config)
-    if not config.decoder_start_from_labels:
-        return shift_right(ids, start, pad, mask)
-    real = (ids != -100) & (ids != pad) & (True if mask is None else mask.bool())
-    last = (torch.arange(ids.shape[1], device=ids.device) * real).amax(-1, keepdim=True)
-    return shift_right(ids, ids.gather(1, last), pad, mask)
-
-
-def start_and_pad(config: UrformConfig) -> tuple[int, int]:
-    """Return `decoder_start_token_id` and `pad_token_id`, which teacher forcing needs, or raise ValueError."""
-    for name in ("decoder_start_token_id", "pad_token_id"):
-        if getattr(config, name) is None:
-            raise ValueError(f"config.{name} is None, but the decoder's input is shifted with it; set it")
-    return config.decoder_start_token_id, config.pad_token_id
+    start, pad = config.decoder_start_token_id, config.pad_token_id
+    if start is None or pad is None:
+        name = "decoder_start_token_id" if start is None else "pad_token_id"
+        raise ValueError(f"config.{name} is None, but the decoder's input is shifted with it; set it")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if config.decoder_start_from_labels:
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last = (places * (real & (ids != -100) & (ids != pad))).amax(-1, keepdim=True)
+        start = ids.gather(1, last)
+    is_first = real & (real.cumsum(-1) == 1)
+    shifted = torch.where(is_first, start, ids.roll(1, dims=-1)).masked_fill(~real, pad)
+    return shifted.masked_fill(shifted == -100, pad)
 
 
 def real_targets(labels: Tensor, given: bool, all_logits: bool) -> Tensor:
@@ -169,15 +153,16 @@ class UrformModel(UrformPreTrainedModel):
             "position_ids": decoder_position_ids,
             "inputs_embeds": decoder_inputs_embeds,
         }
-        cache = given_cache(past_key_values, cache)
-        caching = {**cache_field(cache), "use_cache": use_cache}
+        if past_key_values is not None:
+            cache = given_cache(past_key_values, cache)
+        caching = {"cache": cache, "use_cache": use_cache}
         if self.config.is_encoder_decoder:
             source["token_type_ids"] = token_type_ids
             return self._encode_decode(source, masks, {**target, **caching}, encoder_outputs, **kwargs)
         self._refuse(encoder_outputs=encoder_outputs, **{f"decoder_{name}": value for name, value in target.items()})
         if self.config.architecture == "decoder":
             return self.decoder(**source, **masks, **caching, **kwargs)
-        return self.encoder(**source, **masks, token_type_ids=token_type_ids, **cache_field(cache), **kwargs)
+        return self.encoder(**source, **masks, token_type_ids=token_type_ids, cache=cache, **kwargs)
 
     def _refuse(self, **arguments: Any) -> None:
         """Raise ValueError for what only an encoder-decoder takes."""
@@ -193,34 +178,35 @@ class UrformModel(UrformPreTrainedModel):
         encoder_outputs: Any,
         **kwargs: Any,
     ) -> Seq2SeqModelOutput:
-        row = packed_row(kwargs, "k")
+        ids, embeds = source["input_ids"], source["inputs_embeds"]
         if encoder_outputs is None:
-            tokens = (source["input_ids"], source["inputs_embeds"])
-            sequences = Sequences.of(self.config, *tokens, *masks.values(), row)
+            sequences = Sequences.of(self.config, ids, embeds, *masks.values(), kwargs, side="k")
             encoder_outputs = self.encoder(**source, sequences=sequences, **kwargs)
+            memory = replace(sequences, tokens=encoder_outputs.last_hidden_state)
         else:
             if not isinstance(encoder_outputs, ModelOutput):
                 names = ("last_hidden_state", "hidden_states", "attentions")
                 encoder_outputs = BaseModelOutput(**dict(zip(names, encoder_outputs, strict=False)))
-            sequences = Sequences.of_states(encoder_outputs.last_hidden_state, *masks.values(), row)
-        states = encoder_outputs.last_hidden_state
+            states = encoder_outputs.last_hidden_state
+            memory = Sequences.of(self.config, None, states, *masks.values(), kwargs, side="k")
         if target["input_ids"] is None and target["inputs_embeds"] is None:
-            self._shift_source(source, masks["attention_mask"], target)
-        outputs = self.decoder(**target, encoder_hidden_states=states, encoder_sequences=sequences, **kwargs)
+            self._shift_source(ids, embeds, masks["attention_mask"], target)
+        outputs = self.decoder(**target, memory=memory, **kwargs)
         return Seq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             **cache_field(cache_of(outputs)),
             decoder_hidden_states=outputs.hidden_states,
             decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=states,
+            encoder_last_hidden_state=memory.tokens,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
         )
 
-    def _shift_source(self, source: dict[str, Any], mask: Tensor | None, target: dict[str, Any]) -> None:
+    def _shift_source(
+        self, input_ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, target: dict[str, Any]
+    ) -> None:
         """Give a decoder without input the source after the start token (as BART does)."""
-        input_ids, embeds = source["input_ids"], source["inputs_embeds"]
         if input_ids is None and embeds is None:
             raise ValueError("decoder_input_ids is missing; give it, decoder_inputs_embeds or labels")
         if target["attention_mask"] is None:
@@ -228,12 +214,11 @@ class UrformModel(UrformPreTrainedModel):
         if input_ids is not None:
             target["input_ids"] = decoder_inputs(self.config, input_ids, mask)
             return
-        start, _ = start_and_pad(self.config)
-        places = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
-        places = shift_right(places, -1, 0, mask)  # which embedding comes here; -1 is the start token's
-        first = self.decoder.embed_tokens(torch.full_like(places[:, :1], start))
-        shifted = torch.take_along_dim(embeds, places.clamp(min=0)[..., None], dim=1)
-        target["inputs_embeds"] = torch.where((places < 0)[..., None], first, shifted)
+        real = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask.long()
+        start_ids = decoder_inputs(self.config, real[:, :1])  # embeddings name no token to start from instead
+        is_first = (real != 0) & (real.cumsum(-1) == 1)
+        shifted = torch.where(real[..., None] != 0, embeds.roll(1, dims=1), embeds[:, :1])
+        target["inputs_embeds"] = torch.where(is_first[..., None], self.decoder.embed_tokens(start_ids), shifted)
 
 
 class UrformEncoderModel(UrformPreTrainedModel):
@@ -317,7 +302,7 @@ class UrformLanguageModel(UrformPreTrainedModel):
         """
         if labels is None:
             return None, self.project(hidden, logits_to_keep)
-        skip_logits = self.skips_logits(skip_logits)
+        skip_logits = self.training and torch.is_grad_enabled() if skip_logits is None else skip_logits
         extra = label_smoothing != 0.0 or z_loss != 0.0
         asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or kwargs.get("shift_labels") is not None
         if asked or not self.fuses_loss() or self.lm_head.weight.device != hidden.device:
@@ -337,10 +322,6 @@ class UrformLanguageModel(UrformPreTrainedModel):
         loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         labelled = (kwargs.get("shift_labels", labels) != kwargs.get("ignore_index", -100)).any()
         return torch.where(labelled.to(loss.device), loss, torch.zeros_like(loss)), logits  # a mean over nothing is 0
-
-    def skips_logits(self, asked: bool | None) -> bool:
-        """Whether a loss comes without logits: as `asked`, else in training."""
-        return self.training and torch.is_grad_enabled() if asked is None else asked
 
     def fuses_loss(self) -> bool:
         """Whether hidden states may meet the projection's weight outside of `lm_head` (no adapter, shard or hook)."""
@@ -460,10 +441,11 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             logits_to_keep: Compute logits of the last so many positions only (0: all), or of those indexed.
             skip_logits: Return a loss without logits; None: in training. See `loss_and_logits` for the loss's options.
         """
-        cache = given_cache(past_key_values, cache)
+        if past_key_values is not None:
+            cache = given_cache(past_key_values, cache)
         given = decoder_input_ids is not None or decoder_inputs_embeds is not None
-        trains = kwargs.get("num_items_in_batch") is not None or (self.training and torch.is_grad_enabled())
-        if labels is None and not given and trains:
+        trains = self.training and torch.is_grad_enabled()
+        if labels is None and not given and (trains or kwargs.get("num_items_in_batch") is not None):
             raise ValueError(
                 "neither labels nor decoder_input_ids came to a training step: Trainer takes the labels away under "
                 "label_smoothing_factor or compute_loss_func; use DataCollatorForSeq2Seq(tokenizer, model=model), "
@@ -471,7 +453,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             )
         if labels is not None:
             use_cache = False
-            skip_logits = self.skips_logits(skip_logits)
+            skip_logits = trains if skip_logits is None else skip_logits
             if decoder_attention_mask is None and (skip_logits or not given) and kwargs.get("cu_seq_lens_q") is None:
                 decoder_attention_mask = real_targets(labels, given, all_logits=not skip_logits)
             if not given:
@@ -489,7 +471,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
-            **cache_field(cache),
+            cache=cache,
             **kwargs,
         )
         loss, logits = self.loss_and_logits(
@@ -525,17 +507,19 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
             logits_to_keep: Compute logits of the last so many positions only (0: all), or of those indexed.
             skip_logits: Return a loss without logits; None: in training. See `loss_and_logits` for the loss's options.
         """
-        cache = given_cache(past_key_values, cache)
+        if past_key_values is not None:
+            cache = given_cache(past_key_values, cache)
         if labels is not None and use_cache is None and cache is None:
             use_cache = False
-        row = packed_row(kwargs, "q")
-        sequences = Sequences.of(self.config, input_ids, inputs_embeds, attention_mask, position_ids, row, cache)
+        sequences = Sequences.of(
+            self.config, input_ids, inputs_embeds, attention_mask, position_ids, kwargs, cache=cache
+        )
         outputs = self.model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             sequences=sequences,
-            **cache_field(cache),
+            cache=cache,
             **kwargs,
         )
         predicted = None if labels is None else sequences.predicted(labels.device)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_bidirectional_sliding_window_mask,
@@ -39,6 +39,8 @@ from .sequences_urform import Sequences, refuse_unpaired
 
 logger = logging.get_logger(__name__)
 
+OUTPUTS = ("output_hidden_states", "output_attentions", "output_cross_attentions")  #: of every layer
+
 _MASKS: dict[tuple[str, bool], Callable[..., Any]] = {
     ("full_attention", True): create_causal_mask,
     ("full_attention", False): create_bidirectional_mask,
@@ -51,10 +53,11 @@ _MASKS: dict[tuple[str, bool], Callable[..., Any]] = {
 
 
 class ByLayout(NamedTuple):
-    """Attend by layouts, with Urform's own `attention()`."""
+    """Attend by layouts, with Urform's own `attention()`; `packed`: tokens stand in one row `[1, N, ...]`."""
 
     queries: Layout
     keys: Layout
+    packed: bool
 
 
 class ByMask(NamedTuple):
@@ -91,66 +94,6 @@ class Plan(NamedTuple):
 # ------------------------------------------------------------------------------------------------- packing and back
 
 
-@dataclass(frozen=True, eq=False)
-class Packing:
-    """The real tokens of a `[B, L, ...]` batch as one row `[1, N, ...]`.
-
-    Attributes:
-        layout: the packed layout; each document is a sequence.
-        index: int64 `[N]`, the places of the real tokens in `[B * L]`; None: all are real.
-        shape: (B, L).
-        num_documents: int64 `[B]`, documents in each row.
-    """
-
-    layout: Layout
-    index: Tensor | None
-    shape: tuple[int, int]
-    num_documents: Tensor
-
-    @classmethod
-    def of(cls, sequences: Sequences, device: torch.device) -> Packing:
-        """Find the real tokens and their documents; wait for the device."""
-        shape, mask, documents = sequences.shape, sequences.mask, sequences.documents
-        if sequences.packed_row is not None and mask is None:
-            starts = sequences.packed_row[0].to(device)
-            return cls(Layout.packed(starts), None, shape, torch.tensor([len(starts) - 1]))
-        index = None
-        if mask is not None:
-            mask = mask.to(device).bool()
-            index = None if bool(mask.all()) else mask.flatten().nonzero()[:, 0]
-        if documents is None:
-            num_documents = torch.ones(shape[0], dtype=torch.long)
-            lengths = torch.full(shape[:1], shape[1], device=device) if mask is None else mask.sum(-1)
-        else:
-            documents = documents.expand(shape)
-            num_documents = documents[:, -1] + 1
-            numbers = (documents + (num_documents.cumsum(0) - num_documents)[:, None]).flatten()
-            numbers = numbers if index is None else numbers[index]
-            lengths = torch.bincount(numbers, minlength=int(num_documents.sum()))
-        sizes = tuple(lengths.tolist())
-        starts = nn.functional.pad(lengths.cumsum(0), (1, 0))
-        layout = Layout(len(sizes), max(sizes, default=0), lengths, cu_seqlens=starts, known_sizes=sizes)
-        return cls(layout, index, shape, num_documents)
-
-    @property
-    def is_empty(self) -> bool:
-        """Return whether not one token is real."""
-        return self.index is not None and self.index.numel() == 0
-
-    def pack(self, x: Tensor) -> Tensor:
-        """Take the real tokens: `[B, L, ...]` to `[1, N, ...]`."""
-        flat = x.flatten(0, 1)
-        return (flat if self.index is None else flat.index_select(0, self.index))[None]
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """Put them back: `[1, N, ...]` to `[B, L, ...]`, zeros at padding."""
-        flat = x[0]
-        if self.index is not None:
-            places = flat.new_zeros(self.shape[0] * self.shape[1], *flat.shape[1:])
-            flat = places.index_copy(0, self.index, flat)
-        return flat.unflatten(0, self.shape)
-
-
 # ------------------------------------------------------------------------------------------------------------ routes
 
 
@@ -177,24 +120,71 @@ class Route:
 
 @dataclass(frozen=True, eq=False)
 class Packed(Route):
-    """Real tokens alone, in one row."""
+    """The real tokens of a `[B, L, ...]` batch as one row `[1, N, ...]`.
 
-    target: Packing
-    source: Packing | None
+    Attributes:
+        layout: the packed layout; each document is a sequence.
+        index: int64 `[N]`, the places of the real tokens in `[B * L]`; None: all are real.
+        shape: (B, L).
+        num_documents: int64 `[B]`, documents in each row.
+        source: the encoder's states, packed, for a decoder with cross-attention.
+    """
+
+    layout: Layout
+    index: Tensor | None
+    shape: tuple[int, int]
+    num_documents: Tensor
+    source: Packed | None = None
+
+    @classmethod
+    def of(cls, sequences: Sequences, source: Packed | None = None) -> Packed:
+        """Find the real tokens and their documents; wait for the device."""
+        shape, documents, mask, index = sequences.shape, sequences.documents, sequences.mask, None
+        if sequences.cu_seqlens is not None and mask is None:
+            starts = sequences.cu_seqlens.to(sequences.tokens.device)
+            return cls(Layout.packed(starts), None, shape, torch.tensor([len(starts) - 1]), source)
+        if mask is not None:
+            mask = mask.to(sequences.tokens.device).bool()
+            index = None if bool(mask.all()) else mask.flatten().nonzero()[:, 0]
+        num_documents = torch.ones(shape[0], dtype=torch.long)
+        if documents is not None:
+            documents = documents.expand(shape)
+            num_documents = documents[:, -1] + 1
+            numbers = (documents + (num_documents.cumsum(0) - num_documents)[:, None]).flatten()
+            numbers = numbers if index is None else numbers[index]
+            lengths = torch.bincount(numbers, minlength=int(num_documents.sum()))
+        elif mask is not None:
+            lengths = mask.sum(-1)
+        else:
+            lengths = torch.full(shape[:1], shape[1], device=sequences.tokens.device)
+        sizes, starts = tuple(lengths.tolist()), nn.functional.pad(lengths.cumsum(0), (1, 0))
+        layout = Layout(len(sizes), max(sizes, default=0), lengths, cu_seqlens=starts, known_sizes=sizes)
+        return cls(layout, index, shape, num_documents, source)
 
     def enter(self, x: Tensor) -> Tensor:
-        return self.target.pack(x)
+        flat = x.expand(*self.shape, *x.shape[2:]).flatten(0, 1)
+        return (flat if self.index is None else flat.index_select(0, self.index))[None]
 
     def enter_source(self, states: Tensor) -> Tensor:
-        return states if self.source is None else self.source.pack(states)
+        return states if self.source is None else self.source.enter(states)
 
     def leave(self, hidden: Tensor) -> Tensor:
-        return self.target.unpack(hidden)
+        flat = hidden[0]
+        if self.index is not None:
+            places = flat.new_zeros(self.shape[0] * self.shape[1], *flat.shape[1:])
+            flat = places.index_copy(0, self.index, flat)
+        return flat.unflatten(0, self.shape)
+
+    def pairs_up(self) -> bool:
+        """Return whether the source has real tokens; raise ValueError unless each target document has a source."""
+        if self.source is None:
+            return True
+        refuse_unpaired(self.num_documents, self.source.num_documents)
+        return any(self.source.layout.known_sizes or (1,))
 
     def attend(self, hidden: Tensor, states: Tensor | None, kinds: list[str]) -> tuple[dict[str, How], How | None]:
-        target = self.target.layout
-        cross = None if self.source is None else ByLayout(target, self.source.layout)
-        return dict.fromkeys(kinds, ByLayout(target, target)), cross
+        cross = None if self.source is None else ByLayout(self.layout, self.source.layout, True)
+        return dict.fromkeys(kinds, ByLayout(self.layout, self.layout, True)), cross
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,18 +206,16 @@ class Masked(Route):
         config: the model's, or a copy that names eager attention because the caller reads attention weights.
         sequences: the stack's own.
         source: the encoder's, for a decoder with cross-attention.
-        cache: of self-attention.
         is_decoder: whether self-attention is causal.
-        keywords: see `ByMask`.
+        is_causal: what overrides that, if the caller gave it.
         clears_padding: padding gives zeros, as where it is packed.
     """
 
     config: PreTrainedConfig
     sequences: Sequences
     source: Sequences | None
-    cache: Cache | None
     is_decoder: bool
-    keywords: dict[str, Any]
+    is_causal: bool | None
     clears_padding: bool
 
     def leave(self, hidden: Tensor) -> Tensor:
@@ -237,9 +225,16 @@ class Masked(Route):
         return hidden.masked_fill(mask[..., None].to(hidden.device) == 0, 0.0)
 
     def attend(self, hidden: Tensor, states: Tensor | None, kinds: list[str]) -> tuple[dict[str, How], How | None]:
-        name = self.config._attn_implementation
+        name, sequences = self.config._attn_implementation, self.sequences
+        starts, longest = sequences.cu_seqlens, sequences.max_length
+        keywords = {
+            "is_causal": self.is_causal,
+            "position_ids": None if sequences.documents is None else sequences.positions,
+            **{"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest},
+        }
+        keywords = {key: value for key, value in keywords.items() if value is not None}
         own: dict[str, How] = {
-            kind: ByMask(name, mask, self.keywords) for kind, mask in self._own_masks(hidden, kinds).items()
+            kind: ByMask(name, mask, keywords) for kind, mask in self._own_masks(hidden, kinds).items()
         }
         if states is None or self.source is None:
             return own, None
@@ -256,7 +251,7 @@ class Masked(Route):
                 inputs_embeds=hidden,
                 attention_mask=sequences.mask if sequences.full_mask is None else sequences.full_mask,
                 and_mask_function=None if documents is None else same_document(documents, documents),
-                **{CACHE: self.cache},
+                **{CACHE: sequences.cache},
             )
             for kind in kinds
         }
@@ -294,35 +289,8 @@ def same_document(query_documents: Tensor, key_documents: Tensor) -> Callable[..
 # ------------------------------------------------------------------------------------------------------- the choice
 
 
-class Asked(NamedTuple):
-    """What a caller asks by keyword that decides on the route.
-
-    Attributes:
-        states: hidden states of every layer, which only padded tensors show.
-        weights: attention weights, which only eager attention shows.
-        is_causal: transformers' override of the causality of self-attention; None: the stack's own.
-    """
-
-    states: bool = False
-    weights: bool = False
-    is_causal: bool | None = None
-
-
-def asked(config: PreTrainedConfig, keywords: dict[str, Any]) -> Asked:
-    """Read what is asked from a forward pass's keywords, which default to fields of the config."""
-
-    def wants(name: str) -> bool:
-        value = keywords.get(name, getattr(config, name, None))
-        return value is not None and value is not False
-
-    weights = wants("output_attentions") or wants("output_cross_attentions")
-    return Asked(wants("output_hidden_states"), weights, keywords.get("is_causal"))
-
-
 def takes_layouts(config: PreTrainedConfig) -> bool:
-    """Return whether attention may take layouts instead of masks: "urform" was named, or no implementation was."""
-    if not config._names_attention:  # the library's default then serves the routes that Urform's own leaves
-        return True
+    """Return whether the attention that was named takes layouts instead of masks: "urform" does."""
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
     return getattr(attend, "takes_layouts", False)
 
@@ -331,11 +299,9 @@ def choose_route(
     config: PreTrainedConfig,
     kinds: frozenset[str],
     is_decoder: bool,
-    tokens: Tensor,
     sequences: Sequences,
     source: Sequences | None,
-    cache: Cache | None,
-    asks: Asked,
+    keywords: dict[str, Any],
 ) -> Route:
     """Choose packed, cached or masked.
 
@@ -343,47 +309,37 @@ def choose_route(
         config: the model's.
         kinds: the types of the stack's layers.
         is_decoder: whether its self-attention is causal.
-        tokens: ids `[B, L]` or embeddings `[B, L, E]`, for their device and whether they are being traced.
         sequences: the stack's own.
         source: the encoder's, for a decoder with cross-attention.
-        cache: of self-attention.
-        asks: what the caller asks.
+        keywords: `output_hidden_states`, `output_attentions`, `is_causal`, as the caller gave them.
 
     Raises:
         ValueError: packed rows hold other numbers of targets than of sources.
     """
-    fast = takes_layouts(config) and asks.is_causal is None and not asks.weights and not is_tracing(tokens)
-    fast = fast and sequences.is_plain and (source is None or source.is_plain)
-    if fast and cache is None and not asks.states and (sequences.mask is None or sequences.packed_row is None):
-        target = Packing.of(sequences, tokens.device)
-        origin = None if source is None else Packing.of(source, tokens.device)
-        if origin is not None and not target.is_empty:
-            refuse_unpaired(target.num_documents, origin.num_documents)
-        if not target.is_empty and (origin is None or not origin.is_empty):
-            return Packed(target, origin)
+    wanted = {name: keywords.get(name, getattr(config, name, None)) for name in OUTPUTS}
+    states, weights, crossed = (value is not None and value is not False for value in wanted.values())
+    layouts = not config._names_attention or takes_layouts(config)
+    cache, is_causal = sequences.cache, keywords.get("is_causal")
+    plain = sequences.is_plain and (source is None or source.is_plain)
+    fast = layouts and plain and is_causal is None and not weights and not crossed and not is_tracing(sequences.tokens)
+    if fast and cache is None and not states and (sequences.mask is None or sequences.cu_seqlens is None):
+        route = Packed.of(sequences, None if source is None else Packed.of(source))
+        if any(route.layout.known_sizes or (1,)) and (route.source is None or route.pairs_up()):
+            return route
     if fast and type(cache) is DynamicCache and kinds == {"full_attention"} and sequences.documents is None:
-        layouts = _cached_layouts(sequences, tokens.device)
-        if layouts is not None and source is None:
-            return Cached(layouts, None)
-        if layouts is not None and source is not None and source.documents is None:
-            return Cached(layouts, ByLayout(layouts.queries, _source_layout(source, tokens.device)))
-    keywords = {"is_causal": asks.is_causal, "position_ids": None if sequences.documents is None else sequences.positions}
-    if sequences.packed_row is not None:
-        starts, longest = sequences.packed_row
-        keywords |= dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=longest, max_length_k=longest)
-    clears = takes_layouts(config) and cache is None and sequences.is_plain
-    used = _eager(config) if asks.weights else config
-    return Masked(
-        used, sequences, source, cache, is_decoder, {k: v for k, v in keywords.items() if v is not None}, clears
-    )
+        route = _cached(sequences, source)
+        if route is not None:
+            return route
+    used = _eager(config, layouts) if weights or crossed else config
+    return Masked(used, sequences, source, is_decoder, is_causal, layouts and cache is None and sequences.is_plain)
 
 
-def _eager(config: PreTrainedConfig) -> PreTrainedConfig:
+def _eager(config: PreTrainedConfig, layouts: bool) -> PreTrainedConfig:
     """Return the config with eager attention, which alone returns weights, where the caller may be given it."""
     named = str(config._attn_implementation)
     if named == "eager":
         return config
-    if not takes_layouts(config) and named != "sdpa":
+    if not layouts and named != "sdpa":
         logger.warning_once(f"attn_implementation={named!r} returns no attention weights; set 'eager' to see them")
         return config
     logger.warning_once("output_attentions=True: this call uses eager attention, which alone returns weights")
@@ -392,27 +348,29 @@ def _eager(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _cached_layouts(sequences: Sequences, device: torch.device) -> ByLayout | None:
+def _cached(sequences: Sequences, source: Sequences | None) -> Cached | None:
     """Return the layouts of new queries and of all keys in a growing cache; None where a mask has to say it."""
-    (batch, length), mask = sequences.shape, sequences.mask
-    keys = int(sequences.past) + length
+    (batch, length), mask, device = sequences.shape, sequences.mask, sequences.tokens.device
+    if source is not None and source.documents is not None:
+        return None
     if mask is None:
-        return ByLayout(Layout.full(batch, length, device), Layout.full(batch, keys, device))
-    if length == 1:  # a single query stands at the end of its row
-        queries = Layout.full(batch, length, device)
+        queries, keys = Layout.full(batch, length, device), Layout.full(batch, int(sequences.past) + length, device)
+    elif length == 1:  # a single query stands at the end of its row
+        queries, keys = Layout.full(batch, length, device), Layout.padded(mask, finite=True)
     elif bool((mask[:, -1] == 0).any()):  # padding on the right, from which generation would go on
         return None
     else:
-        queries = Layout.padded(mask[:, -length:], finite=True)
-    return ByLayout(queries, Layout.padded(mask, finite=True))
+        queries, keys = Layout.padded(mask[:, -length:], finite=True), Layout.padded(mask, finite=True)
+    cross = None if source is None else ByLayout(queries, _source_layout(source), False)
+    return Cached(ByLayout(queries, keys, False), cross)
 
 
 _source_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _source_layout(source: Sequences, device: torch.device) -> Layout:
+def _source_layout(source: Sequences) -> Layout:
     """Return the layout of encoder states; of one mask it is made once, for all the steps of a generation."""
-    mask = source.mask
+    mask, device = source.mask, source.tokens.device
     if mask is None:
         return Layout.full(*source.shape, device)
     if mask.is_inference():  # nothing says when it changes

@@ -13,15 +13,15 @@ Shapes: B batch, L length, P tokens in a cache.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils.import_utils import is_tracing
 
-PackedRow = tuple[Tensor, "int | None"]  # `cu_seq_lens_*` `[documents + 1]` and `max_length_*` of one row
+IDS = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,73 +29,83 @@ class Sequences:
     """The sequences of a `[B, L]` batch.
 
     Attributes:
+        tokens: ids `[B, L]`, or embeddings or encoder states `[B, L, E]`.
         shape: (B, L).
-        positions: int64 `[B | 1, L]`, the position of each token; None for encoder states, which have none any more.
+        positions: int64 `[B | 1, L]`, the position of each token.
         mask: `[B, P + L]`, nonzero at real tokens; None: all are real, or `full_mask` says it.
         documents: int64 `[B | 1, L]`, numbers the packed documents of each row from 0; None: one in each row.
-        packed_row: where the documents of a single row start, if the caller gave `cu_seq_lens_*`.
+        cu_seqlens: int `[documents + 1]`, where the documents of a single row start, if the caller gave it.
+        max_length: an upper bound on the lengths of these documents, if the caller gave it.
         full_mask: a finished mask: 4D, of a library's own type, or a dict with one for each layer type.
-        past: how many tokens a cache holds before these.
+        cache: of self-attention, which holds P tokens before these.
+        past: P.
+        is_plain: real tokens and documents say it all: there is no finished mask, nor a mask of another length.
     """
 
+    tokens: Tensor
     shape: tuple[int, int]
-    positions: Tensor | None = None
-    mask: Tensor | None = None
-    documents: Tensor | None = None
-    packed_row: PackedRow | None = None
-    full_mask: Any = None
-    past: int | Tensor = 0
+    positions: Tensor
+    mask: Tensor | None
+    documents: Tensor | None
+    cu_seqlens: Tensor | None
+    max_length: int | None
+    full_mask: Any
+    cache: Cache | None
+    past: int | Tensor
+    is_plain: bool
 
     @classmethod
     def of(
         cls,
         config: PreTrainedConfig,
         input_ids: Tensor | None,
-        inputs_embeds: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        packed_row: PackedRow | None = None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        keywords: dict[str, Any],
+        side: str = "q",
         cache: Cache | None = None,
-        prefix: str = "",
     ) -> Sequences:
-        """Decide what the inputs of a stack are; `prefix` ("decoder_") is for messages.
+        """Decide what the inputs of a stack are.
+
+        Args:
+            keywords: may hold `cu_seq_lens_q` and `max_length_q`, or those of `side` "k".
+            side: "q": these tokens are queries; "k": an encoder-decoder's source.
 
         Raises:
             ValueError: both or neither of ids and embeddings, wrong shapes or dtypes, a mask that does not cover the
                 cache, starts that do not divide the row.
         """
-        tokens = check_tokens(config, input_ids, inputs_embeds, prefix)
-        (batch, length), past = tokens.shape[:2], 0 if cache is None else cache.get_seq_length()
-        mask, full_mask = split_mask(attention_mask)
-        if mask is not None and isinstance(past, int) and past > 0 and mask.shape[1] < past + length:
-            raise ValueError(
-                f"{prefix}attention_mask covers {mask.shape[1]} tokens, but the cache holds {past} and {length} more "
-                f"come; give a mask of {past + length}, or none"
-            )
-        if packed_row is not None:
-            check_starts(packed_row[0], batch, length)
-        starts_fresh = not isinstance(past, Tensor) and past == 0
-        documents = find_documents(length, position_ids if starts_fresh else None, mask, packed_row)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        decoder = side == "q" and config.is_encoder_decoder
+        is_ids = inputs_embeds is None
+        if (
+            tokens is None
+            or is_ids != (input_ids is not None)
+            or 0 in tokens.shape
+            or not (tokens.ndim == 2 and tokens.dtype in IDS if is_ids else tokens.shape[2:] == (config.hidden_size,))
+        ):
+            refuse_tokens(config, input_ids, inputs_embeds, "decoder_" if decoder else "")
+        (batch, length), mask, full_mask = tokens.shape[:2], None, attention_mask
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:  # PEFT's prefixes make it of a float type
+            mask, full_mask = attention_mask.bool() if attention_mask.is_floating_point() else attention_mask, None
+        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        past = 0 if cache is None else cache.get_seq_length()
+        starts, documents = keywords.get(f"cu_seq_lens_{side}"), None
+        if mask is not None and cache is not None:
+            check_past(mask, past, length, "decoder_" if decoder else "")
+        if starts is not None:
+            check_starts(starts, batch, length)
+            documents = number_documents(starts, length)
+        elif position_ids is not None and isinstance(past, int) and past == 0:
+            documents = find_documents(position_ids, mask, length)
         if position_ids is None:
-            position_ids = count_positions(config, tokens, mask, documents, packed_row, past)
-        return cls((batch, length), position_ids, mask, documents, packed_row, full_mask, past)
-
-    @classmethod
-    def of_states(
-        cls, states: Tensor, attention_mask: Any, position_ids: Tensor | None, packed_row: PackedRow | None
-    ) -> Sequences:
-        """Decide what encoder states `[B, L, E]` are, which cross-attention reads."""
-        (batch, length), (mask, full_mask) = states.shape[:2], split_mask(attention_mask)
-        documents = find_documents(length, position_ids, mask, packed_row)
-        return cls((batch, length), None, mask, documents, packed_row, full_mask)
-
-    @property
-    def is_plain(self) -> bool:
-        """Return whether real tokens and documents say it all: no finished mask, nor a mask of another length."""
-        if self.full_mask is not None or self.mask is None:
-            return self.full_mask is None
-        batch, length = self.shape
-        return not isinstance(self.past, Tensor) and tuple(self.mask.shape) == (batch, self.past + length)
+            position_ids = count_positions(config, tokens, mask, documents, starts, past)
+        longest = keywords.get(f"max_length_{side}")
+        plain = full_mask is None and (mask is None or mask.shape == (batch, past + length))
+        return cls(
+            tokens, (batch, length), position_ids, mask, documents, starts, longest, full_mask, cache, past, plain
+        )
 
     def predicted(self, device: torch.device) -> Tensor | None:
         """Return which tokens `[B | 1, L]` a causal model is asked for; None: all.
@@ -111,24 +121,18 @@ class Sequences:
         return follows
 
 
-def find_documents(
-    length: int, position_ids: Tensor | None, mask: Tensor | None, packed_row: PackedRow | None = None
-) -> Tensor | None:
+def find_documents(position_ids: Tensor, mask: Tensor | None, length: int) -> Tensor | None:
     """Number the documents of packed rows from 0, int64 `[B | 1, L]`; return None where every row is one document.
 
     A document begins where the position of a real token is not the position of the real token before it plus one.
     Padding between two tokens may count in their positions or not: neither begins a document.
 
     Args:
-        length: L.
-        position_ids: `[B | 1, L]`; None, or another shape, tells nothing.
+        position_ids: `[B | 1, L]`; any other shape tells nothing.
         mask: `[B, L]`, nonzero at real tokens; None, or another length: all are real.
-        packed_row: the starts of the documents of a single row, instead of the rule.
+        length: L.
     """
-    if packed_row is not None:
-        places = torch.arange(length, device=packed_row[0].device)
-        return torch.searchsorted(packed_row[0][1:].to(places), places, right=True)[None]
-    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != length:
+    if position_ids.ndim != 2 or position_ids.shape[1] != length:
         return None
     begins = position_ids.diff(dim=-1) != 1
     if mask is not None and mask.shape[1] == length:
@@ -136,6 +140,12 @@ def find_documents(
     if not is_tracing(begins) and not begins.any():
         return None
     return nn.functional.pad(begins.long().cumsum(-1), (1, 0))
+
+
+def number_documents(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Number the documents of one row of `length` tokens from their starts: int64 `[1, L]`."""
+    places = torch.arange(length, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].to(places), places, right=True)[None]
 
 
 def _begins_after_padding(position_ids: Tensor, real: Tensor) -> Tensor:
@@ -153,24 +163,23 @@ def count_positions(
     tokens: Tensor,
     mask: Tensor | None,
     documents: Tensor | None,
-    packed_row: PackedRow | None,
+    cu_seqlens: Tensor | None,
     past: int | Tensor,
 ) -> Tensor:
-    """Count the positions `[B | 1, L]` of `tokens` `[B, L]` or `[B, L, E]` in each document, after `past` tokens.
+    """Count the positions `[B | 1, L]` of tokens in each document, after `past` tokens.
 
-    `config.position_counting` says what is counted: columns, real tokens by the mask, or by the pad token (which then
-    stands at -1).
+    `config.position_counting` says what counts: columns, real tokens by the mask, or all but pad tokens (at -1).
     """
     length = tokens.shape[1]
-    places = torch.arange(length, device=tokens.device)
-    if packed_row is not None and documents is not None:
-        return places[None] - packed_row[0].to(places)[documents]
+    if cu_seqlens is not None and documents is not None:
+        places = torch.arange(length, device=tokens.device)
+        return places[None] - cu_seqlens.to(places)[documents]
     if config.position_counting == "mask" and mask is not None and mask.shape[1] >= length:
         return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     if config.position_counting == "tokens" and tokens.ndim == 2:
         real = tokens != config.pad_token_id
         return (real.long().cumsum(-1) - 1 + past).masked_fill(~real, -1)
-    return (places + past)[None]
+    return (torch.arange(length, device=tokens.device) + past)[None]
 
 
 def sequence_lengths(positions: Tensor, documents: Tensor | None) -> Tensor:
@@ -182,34 +191,29 @@ def sequence_lengths(positions: Tensor, documents: Tensor | None) -> Tensor:
     return last.scatter_reduce(1, documents, positions, "amax").gather(1, documents) + 1
 
 
-def split_mask(attention_mask: Any) -> tuple[Tensor | None, Any]:
-    """Return a padding mask `[B, S]` and a finished mask, of which at most one is not None.
-
-    A padding mask of a float type, as PEFT's prefixes make it, becomes bool.
-    """
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return None, attention_mask
-    return (attention_mask.bool() if attention_mask.is_floating_point() else attention_mask), None
-
-
-def check_tokens(
+def refuse_tokens(
     config: PreTrainedConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None, prefix: str
-) -> Tensor:
-    """Return the one of ids `[B, L]` and embeddings `[B, L, E]` that was given, or raise ValueError."""
+) -> NoReturn:
+    """Raise ValueError that says what is wrong with ids or embeddings; `prefix` ("decoder_") is for its text."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(f"Give exactly one of {prefix}input_ids and {prefix}inputs_embeds")
-    if inputs_embeds is not None:
-        if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != config.hidden_size or 0 in inputs_embeds.shape:
-            raise ValueError(
-                f"inputs_embeds must be [batch, length, hidden_size={config.hidden_size}] with at least one token, "
-                f"got {list(inputs_embeds.shape)}"
-            )
-        return inputs_embeds
-    if input_ids.dtype not in (torch.int64, torch.int32):
+    if input_ids is None:
+        raise ValueError(
+            f"inputs_embeds must be [batch, length, hidden_size={config.hidden_size}] with at least one token, "
+            f"got {list(inputs_embeds.shape)}"
+        )
+    if input_ids.dtype not in IDS:
         raise ValueError(f"input_ids must be int64 or int32 token ids, got {input_ids.dtype}; call .long() on ids")
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids must be [batch, length] with at least one token, got {list(input_ids.shape)}")
-    return input_ids
+    raise ValueError(f"input_ids must be [batch, length] with at least one token, got {list(input_ids.shape)}")
+
+
+def check_past(mask: Tensor, past: int | Tensor, length: int, prefix: str) -> None:
+    """Raise ValueError for a mask that does not cover what the cache holds: which keys it means would be a guess."""
+    if isinstance(past, int) and past > 0 and mask.shape[1] < past + length:
+        raise ValueError(
+            f"{prefix}attention_mask covers {mask.shape[1]} tokens, but the cache holds {past} and {length} more "
+            f"come; give a mask of {past + length}, or none"
+        )
 
 
 def check_starts(cu_seq_lens: Tensor, rows: int, length: int) -> None:

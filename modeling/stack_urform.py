@@ -8,7 +8,7 @@ Shapes: B batch, L length, S source length, E hidden.
 
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ from .layers_urform import (
     sinusoidal_positions,
 )
 from .parallel_urform import refuse_uneven
-from .plan_urform import Asked, Packed, Plan, Route, asked, choose_route
-from .sequences_urform import PackedRow, Sequences, sequence_lengths
+from .plan_urform import Packed, Plan, Route, choose_route
+from .sequences_urform import Sequences, sequence_lengths
 from .stock_models.attention_interface import register_attention
 
 logger = logging.get_logger(__name__)
@@ -150,37 +150,6 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
         return embeddings
 
 
-class Tokens(NamedTuple):
-    """What a stack embeds: ids `[B, L]` or embeddings `[B, L, E]`, and token types `[B, L]`."""
-
-    ids: Tensor | None
-    embeds: Tensor | None = None
-    types: Tensor | None = None
-
-    @property
-    def given(self) -> Tensor:
-        """Return the one of ids and embeddings that there is."""
-        return self.ids if self.embeds is None else self.embeds
-
-
-class Memory(NamedTuple):
-    """The encoder's states `[B, S, E]`, which cross-attention reads, and their sequences."""
-
-    states: Tensor
-    sequences: Sequences
-
-
-def packed_row(keywords: dict[str, Any], side: str) -> PackedRow | None:
-    """Return the starts and the longest length of one packed row, if the caller gave them; `side`: "q" or "k"."""
-    starts = keywords.get(f"cu_seq_lens_{side}")
-    return None if starts is None else (starts, keywords.get(f"max_length_{side}"))
-
-
-def self_attention_cache(cache: Cache | None) -> Cache | None:
-    """Return the part of a cache that self-attention fills."""
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-
-
 class UrformStack(UrformPreTrainedModel):
     """Embeddings, layers and final norm: the encoder or the decoder. Use `UrformEncoder` or `UrformDecoder`."""
 
@@ -217,21 +186,19 @@ class UrformStack(UrformPreTrainedModel):
 
     def forward(
         self,
-        tokens: Tokens,
         sequences: Sequences,
-        memory: Memory | None = None,
-        cache: Cache | None = None,
-        asks: Asked = Asked(),
+        token_type_ids: Tensor | None,
+        memory: Sequences | None,
+        cache: Cache | None,
+        keywords: dict[str, Any],
     ) -> Tensor:
-        """Compute final hidden states `[B, L, E]`: embed, layers, norm."""
-        kinds, own_cache, source = frozenset(self.layer_types), self_attention_cache(cache), memory and memory.sequences
-        route = choose_route(
-            self.config, kinds, self.is_decoder, tokens.given, sequences, source, own_cache, asks
-        )
-        hidden = self.embed(tokens, sequences, route)
-        states = None if memory is None else route.enter_source(memory.states)
-        plans = self.plans(hidden, sequences, route, states)
-        biases = self.position_biases(hidden, sequences, route, own_cache)
+        """Compute final hidden states `[B, L, E]`: embed, layers, norm; `memory` holds the encoder's states."""
+        kinds = frozenset(self.layer_types)
+        route = choose_route(self.config, kinds, self.is_decoder, sequences, memory, keywords)
+        hidden = self.embed(sequences, token_type_ids, route)
+        states = None if memory is None else route.enter_source(memory.tokens)
+        plans = self.plans(hidden, sequences, states, route)
+        biases = {} if self.position_bias is None else self.position_biases(hidden, sequences, route)
         for layer in self.layers:
             kind = layer.layer_type
             hidden = layer(hidden, plans[kind], states, biases.get(kind), cache=cache)
@@ -239,47 +206,25 @@ class UrformStack(UrformPreTrainedModel):
             hidden = self.norm(hidden)
         return route.leave(hidden)
 
-    def embed(self, tokens: Tokens, sequences: Sequences, route: Route) -> Tensor:
-        """Embed tokens, types and positions: `[B, L]` to what the layers read."""
-        hooked = bool(self.embed_tokens._forward_hooks)  # what a hook adds (NEFTune) may depend on the batch's shape
-        if tokens.embeds is not None or hooked:
-            hidden = route.enter(self.embed_ids(tokens.ids) if tokens.embeds is None else tokens.embeds)
+    def embed(self, sequences: Sequences, token_type_ids: Tensor | None, route: Route) -> Tensor:
+        """Embed tokens, their types and absolute positions."""
+        tokens = sequences.tokens
+        if tokens.ndim == 3:
+            hidden = route.enter(tokens)
+        elif self.embed_tokens._forward_hooks:  # what a hook adds (NEFTune's noise) may depend on the batch's shape
+            hidden = route.enter(self.embed_tokens(tokens))
         else:
-            hidden = self.embed_ids(route.enter(tokens.ids))
+            hidden = self.embed_tokens(route.enter(tokens))
         if self.embed_token_types is not None:
             zeros = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-            hidden = hidden + self.embed_token_types(zeros if tokens.types is None else route.enter(tokens.types))
+            hidden = hidden + self.embed_token_types(zeros if token_type_ids is None else route.enter(token_type_ids))
         if self.config.position_encoding == "sinusoidal":
-            hidden = hidden + self.sinusoids(self.positions(sequences, route), hidden.dtype)
+            hidden = hidden + self.sinusoids(route.enter(sequences.positions), hidden.dtype)
         elif self.embed_positions is not None:
-            hidden = hidden + self.learned_positions(self.positions(sequences, route))
+            hidden = hidden + self.learned_positions(route.enter(sequences.positions))
         if self.embed_norm is not None:
             hidden = self.embed_norm(hidden)
         return dropout(hidden, self.config.hidden_dropout_prob, self.training)
-
-    def embed_ids(self, input_ids: Tensor) -> Tensor:
-        """Look up ids `[B, L]`; raise ValueError for those outside the vocabulary."""
-        if hasattr(self.embed_tokens.weight, "placements") and not is_tracing(input_ids):
-            self.check_vocabulary(input_ids)  # a lookup in a sharded table gives zeros for what no shard has
-        try:
-            return self.embed_tokens(input_ids)
-        except IndexError:
-            self.check_vocabulary(input_ids)
-            raise
-
-    def check_vocabulary(self, input_ids: Tensor) -> None:
-        """Raise ValueError for ids outside the table."""
-        rows = self.embed_tokens.num_embeddings
-        low, high = (int(x) for x in input_ids.aminmax()) if input_ids.numel() else (0, 0)
-        if low < 0 or high >= rows:
-            raise ValueError(
-                f"input_ids holds {low if low < 0 else high}, outside 0..{rows - 1}; "
-                "the tokenizer is larger than vocab_size: call model.resize_token_embeddings(len(tokenizer))"
-            )
-
-    def positions(self, sequences: Sequences, route: Route) -> Tensor:
-        """Return the positions of the tokens that the layers read."""
-        return route.enter(sequences.positions.expand(sequences.shape)) if isinstance(route, Packed) else sequences.positions
 
     def sinusoids(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute the sinusoids of positions `[B, L]`; on a CPU those of each position once."""
@@ -308,50 +253,46 @@ class UrformStack(UrformPreTrainedModel):
                 "longer table"
             ) from error
 
-    def plans(self, hidden: Tensor, sequences: Sequences, route: Route, states: Tensor | None) -> dict[str, Plan]:
+    def plans(self, hidden: Tensor, sequences: Sequences, states: Tensor | None, route: Route) -> dict[str, Plan]:
         """Return what each type of layer is told."""
         kinds, cos_sin, lengths = sorted(set(self.layer_types)), {}, None
         own, cross = route.attend(hidden, states, kinds)
         if self.rotary_emb is not None:
-            position_ids = self.positions(sequences, route)
+            positions = route.enter(sequences.positions)
             if any(module.depends_on_length for module in self.rotary_emb.values()):
-                lengths = self.rope_lengths(position_ids, sequences, route)
-            cos_sin = {kind: rotary(hidden, position_ids, lengths) for kind, rotary in self.rotary_emb.items()}
+                lengths = self.rope_lengths(positions, sequences, route)
+            cos_sin = {kind: rotary(hidden, positions, lengths) for kind, rotary in self.rotary_emb.items()}
         return {kind: Plan(own[kind], cross, cos_sin.get(kind)) for kind in kinds}
 
-    def rope_lengths(self, position_ids: Tensor, sequences: Sequences, route: Route) -> Tensor:
+    def rope_lengths(self, positions: Tensor, sequences: Sequences, route: Route) -> Tensor:
         """Return the lengths `[B, L]` on which the rotary frequencies of each token depend."""
         if self.config.rope_length == "batch":
-            return (position_ids.amax() + 1).expand_as(position_ids)
-        packed = isinstance(route, Packed)
-        return sequence_lengths(position_ids, route.target.layout.sequences[None] if packed else sequences.documents)
+            return (positions.amax() + 1).expand_as(positions)
+        documents = route.layout.sequences[None] if isinstance(route, Packed) else sequences.documents
+        return sequence_lengths(positions, documents)
 
-    def position_biases(
-        self, hidden: Tensor, sequences: Sequences, route: Route, cache: Cache | None
-    ) -> dict[str, Tensor | Bias]:
-        """Return the position bias of each type of layer: an object where packed, else `[B, H, L, S]`; {}: there is none."""
-        if self.position_bias is None:
-            return {}
+    def position_biases(self, hidden: Tensor, sequences: Sequences, route: Route) -> dict[str, Tensor | Bias]:
+        """Return the position bias for each type of layer: an object where packed, else `[B, H, L, S]`."""
         if isinstance(route, Packed):
             return dict.fromkeys(self.layer_types, self.position_bias.bias(hidden.device))
         batch, length = hidden.shape[:2]
         queries = torch.arange(length, device=hidden.device) + sequences.past
-        biases = {}
+        biases: dict[str, Tensor | Bias] = {}
         for kind in set(self.layer_types):
             keys, offset = length, 0
-            if cache is not None:  # a sliding cache holds fewer keys
-                keys, offset = cache.get_mask_sizes(length, self.layer_types.index(kind))
+            if sequences.cache is not None:  # a sliding cache holds fewer keys
+                keys, offset = sequences.cache.get_mask_sizes(length, self.layer_types.index(kind))
             places = torch.arange(keys, device=hidden.device) + offset
             biases[kind] = self.position_bias(queries[None], places[None], hidden.dtype).expand(batch, -1, -1, -1)
         return biases
 
-    def checkpointed(self, cache: Cache | None) -> Cache | None:
+    def layers_cache(self, cache: Cache) -> Cache | None:
         """Return the cache that the layers get: none under activation checkpointing, which would fill it twice.
 
         Raises:
             ValueError: the cache holds tokens, which would be lost.
         """
-        if cache is None or not (self.gradient_checkpointing and self.training):
+        if not (self.gradient_checkpointing and self.training):
             return cache
         if cache.get_seq_length() > 0:
             raise ValueError(
@@ -390,14 +331,15 @@ class UrformEncoder(UrformStack):
 
         `sequences` is what the masks and positions say, where a model has decided it already.
         """
-        cache = self.checkpointed(given_cache(past_key_values, cache))
+        if past_key_values is not None:
+            cache = given_cache(past_key_values, cache)
+        if cache is not None:
+            cache = self.layers_cache(cache)
         if sequences is None:
-            row = packed_row(kwargs, "q")
             sequences = Sequences.of(
-                self.config, input_ids, inputs_embeds, attention_mask, position_ids, row, cache
+                self.config, input_ids, inputs_embeds, attention_mask, position_ids, kwargs, side="k", cache=cache
             )
-        tokens = Tokens(input_ids, inputs_embeds, token_type_ids)
-        states = super().forward(tokens, sequences, None, cache, asked(self.config, kwargs))
+        states = super().forward(sequences, token_type_ids, None, cache, kwargs)
         return BaseModelOutput(last_hidden_state=states)
 
 
@@ -426,42 +368,42 @@ class UrformDecoder(UrformStack):
         use_cache: bool | None = None,
         cache: Cache | None = None,
         sequences: Sequences | None = None,
-        encoder_sequences: Sequences | None = None,
+        memory: Sequences | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """See `UrformModel.forward`; `sequences` and `encoder_sequences` are for a model that has decided them."""
-        cache = self.prepare_cache(given_cache(past_key_values, cache), use_cache)
-        layers_cache = self.checkpointed(cache)
-        memory, prefix = None, ""
-        if self.config.is_encoder_decoder:
+        """See `UrformModel`; `sequences` and `memory` (the encoder's states) are for a model that has decided them."""
+        config = self.config
+        if past_key_values is not None:
+            cache = given_cache(past_key_values, cache)
+        if cache is not None or use_cache:
+            cache = self.prepare_cache(cache)
+        layers_cache = None if cache is None else self.layers_cache(cache)
+        if config.is_encoder_decoder and memory is None:
             if encoder_hidden_states is None:
                 raise ValueError("encoder_hidden_states is None; the decoder of an encoder-decoder needs them")
-            if encoder_sequences is None:
-                encoder_sequences = Sequences.of_states(encoder_hidden_states, encoder_attention_mask, None, None)
-            memory, prefix = Memory(encoder_hidden_states, encoder_sequences), "decoder_"
+            memory = Sequences.of(config, None, encoder_hidden_states, encoder_attention_mask, None, {}, side="k")
         if sequences is None:
-            row, own_cache = packed_row(kwargs, "q"), self_attention_cache(layers_cache)
             sequences = Sequences.of(
-                self.config, input_ids, inputs_embeds, attention_mask, position_ids, row, own_cache, prefix
+                config, input_ids, inputs_embeds, attention_mask, position_ids, kwargs, cache=layers_cache
             )
-        tokens = Tokens(input_ids, inputs_embeds)
-        states = super().forward(tokens, sequences, memory, layers_cache, asked(self.config, kwargs))
+        states = super().forward(sequences, None, memory, layers_cache, kwargs)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=states, **cache_field(cache if use_cache else None)
         )
 
-    def prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
-        """Return the cache to fill: the given one, or a new one if the caller wants one.
+    def prepare_cache(self, cache: Cache | None) -> Cache:
+        """Return the cache to fill: the given one, or a new one.
 
         Raises:
             ValueError: an encoder-decoder was given a cache for one stack.
         """
-        if self.config.is_encoder_decoder and not isinstance(cache, EncoderDecoderCache | None):
+        pairs = self.config.is_encoder_decoder
+        if cache is None:
+            own = DynamicCache(config=self.config)  # the cross-attention's cache slides for no layer
+            return EncoderDecoderCache(own, DynamicCache()) if pairs else own
+        if pairs and not isinstance(cache, EncoderDecoderCache):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__}; an encoder-decoder needs an "
                 "EncoderDecoderCache(self_attention_cache, cross_attention_cache)"
             )
-        if cache is not None or not use_cache:
-            return cache
-        cache = DynamicCache(config=self.config)  # the cross-attention's cache slides for no layer
-        return EncoderDecoderCache(cache, DynamicCache()) if self.config.is_encoder_decoder else cache
+        return cache
