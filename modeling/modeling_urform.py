@@ -75,6 +75,14 @@ def real_targets(labels: Tensor, given: bool, all_logits: bool) -> Tensor:
     return (real if given else real & labelled.cummax(-1).values).long()
 
 
+def as_output(encoder_outputs: ModelOutput | tuple) -> ModelOutput:
+    """Return an encoder's output, which may come as a tuple, by its names."""
+    if isinstance(encoder_outputs, ModelOutput):
+        return encoder_outputs
+    names = ("last_hidden_state", "hidden_states", "attentions")
+    return BaseModelOutput(**dict(zip(names, encoder_outputs, strict=False)))
+
+
 def _rest(outputs: ModelOutput) -> dict[str, Any]:
     """All but the hidden state, to hand on."""
     return {name: value for name, value in outputs.items() if name != "last_hidden_state"}
@@ -145,53 +153,29 @@ class UrformModel(UrformPreTrainedModel):
             ValueError: Ids outside the vocabulary, positions beyond the learned table, empty or missing inputs,
                 packed sides that disagree.
         """
-        source = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-        masks = {"attention_mask": attention_mask, "position_ids": position_ids}
-        target = {
-            "input_ids": decoder_input_ids,
-            "attention_mask": decoder_attention_mask,
-            "position_ids": decoder_position_ids,
-            "inputs_embeds": decoder_inputs_embeds,
-        }
         if past_key_values is not None:
             cache = given_cache(past_key_values, cache)
-        caching = {"cache": cache, "use_cache": use_cache}
-        if self.config.is_encoder_decoder:
-            source["token_type_ids"] = token_type_ids
-            return self._encode_decode(source, masks, {**target, **caching}, encoder_outputs, **kwargs)
-        self._refuse(encoder_outputs=encoder_outputs, **{f"decoder_{name}": value for name, value in target.items()})
-        if self.config.architecture == "decoder":
-            return self.decoder(**source, **masks, **caching, **kwargs)
-        return self.encoder(**source, **masks, token_type_ids=token_type_ids, cache=cache, **kwargs)
-
-    def _refuse(self, **arguments: Any) -> None:
-        """Raise ValueError for what only an encoder-decoder takes."""
-        for name, value in arguments.items():
-            if value is not None:
-                raise ValueError(f"{name} is for an encoder-decoder; this is architecture={self.config.architecture!r}")
-
-    def _encode_decode(
-        self,
-        source: dict[str, Any],
-        masks: dict[str, Any],
-        target: dict[str, Any],
-        encoder_outputs: Any,
-        **kwargs: Any,
-    ) -> Seq2SeqModelOutput:
-        ids, embeds = source["input_ids"], source["inputs_embeds"]
+        source = (input_ids, inputs_embeds, attention_mask, position_ids)
+        target = (decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, decoder_position_ids)
+        if not self.config.is_encoder_decoder:
+            self._refuse(*target, encoder_outputs)
+            options = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            return self._one_stack(*source, cache=cache, use_cache=use_cache, **options, **kwargs)
         if encoder_outputs is None:
-            sequences = Sequences.of(self.config, ids, embeds, *masks.values(), kwargs, side="k")
-            encoder_outputs = self.encoder(**source, sequences=sequences, **kwargs)
-            memory = replace(sequences, tokens=encoder_outputs.last_hidden_state)
+            memory = Sequences.of(self.config, *source, kwargs, side="k")
+            encoder_outputs = self.encoder(
+                input_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids, sequences=memory, **kwargs
+            )
+            memory = replace(memory, tokens=encoder_outputs.last_hidden_state)
         else:
-            if not isinstance(encoder_outputs, ModelOutput):
-                names = ("last_hidden_state", "hidden_states", "attentions")
-                encoder_outputs = BaseModelOutput(**dict(zip(names, encoder_outputs, strict=False)))
+            encoder_outputs = as_output(encoder_outputs)
             states = encoder_outputs.last_hidden_state
-            memory = Sequences.of(self.config, None, states, *masks.values(), kwargs, side="k")
-        if target["input_ids"] is None and target["inputs_embeds"] is None:
-            self._shift_source(ids, embeds, masks["attention_mask"], target)
-        outputs = self.decoder(**target, memory=memory, **kwargs)
+            memory = Sequences.of(self.config, None, states, attention_mask, position_ids, kwargs, side="k")
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            target = (*self._shift_source(*source[:3], decoder_attention_mask), decoder_position_ids)
+        names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+        given = dict(zip(names, target, strict=True))
+        outputs = self.decoder(**given, memory=memory, cache=cache, use_cache=use_cache, **kwargs)
         return Seq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             **cache_field(cache_of(outputs)),
@@ -203,22 +187,42 @@ class UrformModel(UrformPreTrainedModel):
             encoder_attentions=encoder_outputs.attentions,
         )
 
+    def _one_stack(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        use_cache: bool | None,
+        **kwargs: Any,
+    ) -> BaseModelOutput | BaseModelOutputWithPastAndCrossAttentions:
+        given = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        if self.config.architecture == "encoder":
+            return self.encoder(input_ids, **given, **kwargs)
+        return self.decoder(input_ids, **given, use_cache=use_cache, **kwargs)
+
+    def _refuse(self, *arguments: Any) -> None:
+        """Raise ValueError for what only an encoder-decoder takes."""
+        names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+        for name, value in zip((*(f"decoder_{name}" for name in names), "encoder_outputs"), arguments, strict=True):
+            if value is not None:
+                raise ValueError(f"{name} is for an encoder-decoder; this is architecture={self.config.architecture!r}")
+
     def _shift_source(
-        self, input_ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, target: dict[str, Any]
-    ) -> None:
-        """Give a decoder without input the source after the start token (as BART does)."""
-        if input_ids is None and embeds is None:
-            raise ValueError("decoder_input_ids is missing; give it, decoder_inputs_embeds or labels")
-        if target["attention_mask"] is None:
-            target["attention_mask"] = mask
+        self, input_ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, decoder_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return ids, embeddings and mask for a decoder without input: the source after the start token (as BART)."""
+        mask_of_both = mask if decoder_mask is None else decoder_mask
         if input_ids is not None:
-            target["input_ids"] = decoder_inputs(self.config, input_ids, mask)
-            return
+            return decoder_inputs(self.config, input_ids, mask), None, mask_of_both
+        if embeds is None:
+            raise ValueError("decoder_input_ids is missing; give it, decoder_inputs_embeds or labels")
         real = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask.long()
         start_ids = decoder_inputs(self.config, real[:, :1])  # embeddings name no token to start from instead
         is_first = (real != 0) & (real.cumsum(-1) == 1)
         shifted = torch.where(real[..., None] != 0, embeds.roll(1, dims=1), embeds[:, :1])
-        target["inputs_embeds"] = torch.where(is_first[..., None], self.decoder.embed_tokens(start_ids), shifted)
+        start = self.decoder.embed_tokens(start_ids)
+        return None, torch.where(is_first[..., None], start, shifted), mask_of_both
 
 
 class UrformEncoderModel(UrformPreTrainedModel):
@@ -305,23 +309,24 @@ class UrformLanguageModel(UrformPreTrainedModel):
         skip_logits = self.training and torch.is_grad_enabled() if skip_logits is None else skip_logits
         extra = label_smoothing != 0.0 or z_loss != 0.0
         asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or kwargs.get("shift_labels") is not None
-        if asked or not self.fuses_loss() or self.lm_head.weight.device != hidden.device:
-            if extra and (asked or hasattr(self, "_loss_function")):
-                raise ValueError(
-                    f"label_smoothing={label_smoothing} and z_loss={z_loss} are for the model's own loss of all "
-                    "positions, but loss_function is set, or logits_to_keep or shift_labels is given; drop one of them"
-                )
-            if extra:  # an adapter or a shard on lm_head: the logits have to be made
-                logits = self.project(hidden)
-                return _loss_of_logits(logits, labels, shift, label_smoothing, z_loss, **kwargs), logits
-            skip_logits = False
-        elif skip_logits or extra:
+        fuses = not asked and self.fuses_loss() and self.lm_head.weight.device == hidden.device
+        if fuses and (skip_logits or extra):
             logits = None if skip_logits else self.project(hidden, logits_to_keep)
             return self._fused_loss(hidden, labels, shift, label_smoothing, z_loss, **kwargs), logits
         logits = self.project(hidden, logits_to_keep)
+        if extra:  # an adapter or a shard on lm_head
+            self._refuse_smoothing(asked, label_smoothing, z_loss)
+            return _loss_of_logits(logits, labels, shift, label_smoothing, z_loss, **kwargs), logits
         loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         labelled = (kwargs.get("shift_labels", labels) != kwargs.get("ignore_index", -100)).any()
         return torch.where(labelled.to(loss.device), loss, torch.zeros_like(loss)), logits  # a mean over nothing is 0
+
+    def _refuse_smoothing(self, asked: bool, label_smoothing: float, z_loss: float) -> None:
+        if asked or hasattr(self, "_loss_function"):
+            raise ValueError(
+                f"label_smoothing={label_smoothing} and z_loss={z_loss} are for the model's own loss of all "
+                "positions, but loss_function is set, or logits_to_keep or shift_labels is given; drop one of them"
+            )
 
     def fuses_loss(self) -> bool:
         """Whether hidden states may meet the projection's weight outside of `lm_head` (no adapter, shard or hook)."""
@@ -385,6 +390,24 @@ def _loss_of_logits(
     return total / (kept.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
+def cover_prefix(mask: Tensor | None, cache: Cache, length: int) -> Tensor | None:
+    """Return a mask of `length` targets that covers a trained prefix (PEFT) in the cache too, which is real."""
+    if mask is None:
+        return None
+    missing = cache.get_seq_length() + length - mask.shape[1]
+    return nn.functional.pad(mask, (max(missing, 0), 0), value=1)
+
+
+def refuse_training(trains: bool) -> None:
+    """Raise ValueError in a training step to which neither labels nor the decoder's input came."""
+    if trains:
+        raise ValueError(
+            "neither labels nor decoder_input_ids came to a training step: Trainer takes the labels away under "
+            "label_smoothing_factor or compute_loss_func; use DataCollatorForSeq2Seq(tokenizer, model=model), "
+            "which makes decoder_input_ids of the labels, or UrformTrainer"
+        )
+
+
 class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
     """Sequence to sequence: translation, summarization, dialogue."""
 
@@ -445,12 +468,8 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
             cache = given_cache(past_key_values, cache)
         given = decoder_input_ids is not None or decoder_inputs_embeds is not None
         trains = self.training and torch.is_grad_enabled()
-        if labels is None and not given and (trains or kwargs.get("num_items_in_batch") is not None):
-            raise ValueError(
-                "neither labels nor decoder_input_ids came to a training step: Trainer takes the labels away under "
-                "label_smoothing_factor or compute_loss_func; use DataCollatorForSeq2Seq(tokenizer, model=model), "
-                "which makes decoder_input_ids of the labels, or UrformTrainer"
-            )
+        if labels is None and not given:
+            refuse_training(trains or kwargs.get("num_items_in_batch") is not None)
         if labels is not None:
             use_cache = False
             skip_logits = trains if skip_logits is None else skip_logits
@@ -458,9 +477,8 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
                 decoder_attention_mask = real_targets(labels, given, all_logits=not skip_logits)
             if not given:
                 decoder_input_ids = decoder_inputs(self.config, labels, decoder_attention_mask)
-            if cache is not None and decoder_attention_mask is not None:  # a trained prefix (PEFT) is real
-                missing = cache.get_seq_length() + labels.shape[1] - decoder_attention_mask.shape[1]
-                decoder_attention_mask = nn.functional.pad(decoder_attention_mask, (max(missing, 0), 0), value=1)
+            if cache is not None:
+                decoder_attention_mask = cover_prefix(decoder_attention_mask, cache, labels.shape[1])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -113,10 +113,6 @@ class Route:
         """Return what comes out of the layers as `[B, L, E]`."""
         return hidden
 
-    def attend(self, hidden: Tensor, states: Tensor | None, kinds: list[str]) -> tuple[dict[str, How], How | None]:
-        """Return how self-attention attends in each kind of layer, and how cross-attention does."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True, eq=False)
 class Packed(Route):
@@ -127,39 +123,49 @@ class Packed(Route):
         index: int64 `[N]`, the places of the real tokens in `[B * L]`; None: all are real.
         shape: (B, L).
         num_documents: int64 `[B]`, documents in each row.
+        own: how self-attention attends, in layers of every type.
+        is_empty: a side has not one real token.
         source: the encoder's states, packed, for a decoder with cross-attention.
+        cross: how cross-attention attends.
     """
 
     layout: Layout
     index: Tensor | None
     shape: tuple[int, int]
     num_documents: Tensor
+    own: dict[str, How]
+    is_empty: bool
     source: Packed | None = None
+    cross: How | None = None
 
     @classmethod
-    def of(cls, sequences: Sequences, source: Packed | None = None) -> Packed:
-        """Find the real tokens and their documents; wait for the device."""
-        shape, documents, mask, index = sequences.shape, sequences.documents, sequences.mask, None
-        if sequences.cu_seqlens is not None and mask is None:
-            starts = sequences.cu_seqlens.to(sequences.tokens.device)
-            return cls(Layout.packed(starts), None, shape, torch.tensor([len(starts) - 1]), source)
-        if mask is not None:
-            mask = mask.to(sequences.tokens.device).bool()
-            index = None if bool(mask.all()) else mask.flatten().nonzero()[:, 0]
+    def of(cls, sequences: Sequences, kinds: frozenset[str], source: Packed | None = None) -> Packed:
+        """Find the real tokens and their documents; wait for the device.
+
+        Raises:
+            ValueError: the source has other numbers of documents.
+        """
+        shape, documents, device = sequences.shape, sequences.documents, sequences.tokens.device
+        index, mask = None, None if sequences.mask is None else sequences.mask.to(device).bool()
         num_documents = torch.ones(shape[0], dtype=torch.long)
+        if mask is not None and not bool(mask.all()):
+            index = mask.flatten().nonzero()[:, 0]
         if documents is not None:
-            documents = documents.expand(shape)
-            num_documents = documents[:, -1] + 1
+            documents, starts = documents.expand(shape), sequences.cu_seqlens
+            num_documents = documents[:, -1] + 1 if starts is None else torch.tensor([len(starts) - 1], device=device)
             numbers = (documents + (num_documents.cumsum(0) - num_documents)[:, None]).flatten()
             numbers = numbers if index is None else numbers[index]
             lengths = torch.bincount(numbers, minlength=int(num_documents.sum()))
-        elif mask is not None:
-            lengths = mask.sum(-1)
         else:
-            lengths = torch.full(shape[:1], shape[1], device=sequences.tokens.device)
+            lengths = torch.full(shape[:1], shape[1], device=device) if mask is None else mask.sum(-1)
         sizes, starts = tuple(lengths.tolist()), nn.functional.pad(lengths.cumsum(0), (1, 0))
         layout = Layout(len(sizes), max(sizes, default=0), lengths, cu_seqlens=starts, known_sizes=sizes)
-        return cls(layout, index, shape, num_documents, source)
+        own = dict.fromkeys(kinds, ByLayout(layout, layout, True))
+        if source is None or layout.length == 0:
+            return cls(layout, index, shape, num_documents, own, layout.length == 0)
+        refuse_unpaired(num_documents, source.num_documents)
+        cross = ByLayout(layout, source.layout, True)
+        return cls(layout, index, shape, num_documents, own, source.is_empty, source, cross)
 
     def enter(self, x: Tensor) -> Tensor:
         flat = x.expand(*self.shape, *x.shape[2:]).flatten(0, 1)
@@ -175,27 +181,13 @@ class Packed(Route):
             flat = places.index_copy(0, self.index, flat)
         return flat.unflatten(0, self.shape)
 
-    def pairs_up(self) -> bool:
-        """Return whether the source has real tokens; raise ValueError unless each target document has a source."""
-        if self.source is None:
-            return True
-        refuse_unpaired(self.num_documents, self.source.num_documents)
-        return any(self.source.layout.known_sizes or (1,))
-
-    def attend(self, hidden: Tensor, states: Tensor | None, kinds: list[str]) -> tuple[dict[str, How], How | None]:
-        cross = None if self.source is None else ByLayout(self.layout, self.source.layout, True)
-        return dict.fromkeys(kinds, ByLayout(self.layout, self.layout, True)), cross
-
 
 @dataclass(frozen=True, eq=False)
 class Cached(Route):
     """New tokens after those in a growing cache, in padded tensors."""
 
-    own: ByLayout
-    cross: ByLayout | None
-
-    def attend(self, hidden: Tensor, states: Tensor | None, kinds: list[str]) -> tuple[dict[str, How], How | None]:
-        return dict.fromkeys(kinds, self.own), self.cross
+    own: dict[str, How]
+    cross: How | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +216,8 @@ class Masked(Route):
             return hidden
         return hidden.masked_fill(mask[..., None].to(hidden.device) == 0, 0.0)
 
-    def attend(self, hidden: Tensor, states: Tensor | None, kinds: list[str]) -> tuple[dict[str, How], How | None]:
+    def masks(self, hidden: Tensor, states: Tensor | None, kinds: list[str]) -> tuple[dict[str, How], How | None]:
+        """Make masks for hidden states `[B, L, E]` and those of the encoder `[B, S, E]`."""
         name, sequences = self.config._attn_implementation, self.sequences
         starts, longest = sequences.cu_seqlens, sequences.max_length
         keywords = {
@@ -316,22 +309,30 @@ def choose_route(
     Raises:
         ValueError: packed rows hold other numbers of targets than of sources.
     """
-    wanted = {name: keywords.get(name, getattr(config, name, None)) for name in OUTPUTS}
-    states, weights, crossed = (value is not None and value is not False for value in wanted.values())
+    wanted = {name for name in OUTPUTS if keywords.get(name, getattr(config, name, None))}
     layouts = not config._names_attention or takes_layouts(config)
-    cache, is_causal = sequences.cache, keywords.get("is_causal")
-    plain = sequences.is_plain and (source is None or source.is_plain)
-    fast = layouts and plain and is_causal is None and not weights and not crossed and not is_tracing(sequences.tokens)
-    if fast and cache is None and not states and (sequences.mask is None or sequences.cu_seqlens is None):
-        route = Packed.of(sequences, None if source is None else Packed.of(source))
-        if any(route.layout.known_sizes or (1,)) and (route.source is None or route.pairs_up()):
-            return route
-    if fast and type(cache) is DynamicCache and kinds == {"full_attention"} and sequences.documents is None:
-        route = _cached(sequences, source)
+    if layouts and keywords.get("is_causal") is None and wanted <= {"output_hidden_states"}:
+        route = _by_layouts(kinds, sequences, source, padded=bool(wanted))
         if route is not None:
             return route
-    used = _eager(config, layouts) if weights or crossed else config
-    return Masked(used, sequences, source, is_decoder, is_causal, layouts and cache is None and sequences.is_plain)
+    used = config if wanted <= {"output_hidden_states"} else _eager(config, layouts)
+    clears = layouts and sequences.cache is None and sequences.is_plain
+    return Masked(used, sequences, source, is_decoder, keywords.get("is_causal"), clears)
+
+
+def _by_layouts(
+    kinds: frozenset[str], sequences: Sequences, source: Sequences | None, padded: bool
+) -> Packed | Cached | None:
+    """Return the route without masks, if there is one; `padded`: the caller reads tensors of `[B, L]`."""
+    cache, plain = sequences.cache, sequences.is_plain and (source is None or source.is_plain)
+    if not plain or is_tracing(sequences.tokens):
+        return None
+    if cache is None and not padded and (sequences.mask is None or sequences.cu_seqlens is None):
+        route = Packed.of(sequences, kinds, None if source is None else Packed.of(source, kinds))
+        return None if route.is_empty else route
+    if type(cache) is DynamicCache and kinds == {"full_attention"} and sequences.documents is None:
+        return _cached(sequences, source)
+    return None
 
 
 def _eager(config: PreTrainedConfig, layouts: bool) -> PreTrainedConfig:
@@ -362,7 +363,7 @@ def _cached(sequences: Sequences, source: Sequences | None) -> Cached | None:
     else:
         queries, keys = Layout.padded(mask[:, -length:], finite=True), Layout.padded(mask, finite=True)
     cross = None if source is None else ByLayout(queries, _source_layout(source), False)
-    return Cached(ByLayout(queries, keys, False), cross)
+    return Cached({"full_attention": ByLayout(queries, keys, False)}, cross)
 
 
 _source_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

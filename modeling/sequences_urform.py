@@ -13,15 +13,13 @@ Shapes: B batch, L length, P tokens in a cache.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils.import_utils import is_tracing
-
-IDS = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,36 +74,20 @@ class Sequences:
             ValueError: both or neither of ids and embeddings, wrong shapes or dtypes, a mask that does not cover the
                 cache, starts that do not divide the row.
         """
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        decoder = side == "q" and config.is_encoder_decoder
-        is_ids = inputs_embeds is None
-        if (
-            tokens is None
-            or is_ids != (input_ids is not None)
-            or 0 in tokens.shape
-            or not (tokens.ndim == 2 and tokens.dtype in IDS if is_ids else tokens.shape[2:] == (config.hidden_size,))
-        ):
-            refuse_tokens(config, input_ids, inputs_embeds, "decoder_" if decoder else "")
-        (batch, length), mask, full_mask = tokens.shape[:2], None, attention_mask
+        prefix = "decoder_" if side == "q" and config.is_encoder_decoder else ""
+        tokens = check_tokens(config, input_ids, inputs_embeds, prefix)
+        shape, mask, full_mask = tuple(tokens.shape[:2]), None, attention_mask
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:  # PEFT's prefixes make it of a float type
             mask, full_mask = attention_mask.bool() if attention_mask.is_floating_point() else attention_mask, None
-        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        past = 0 if cache is None else cache.get_seq_length()
-        starts, documents = keywords.get(f"cu_seq_lens_{side}"), None
-        if mask is not None and cache is not None:
-            check_past(mask, past, length, "decoder_" if decoder else "")
-        if starts is not None:
-            check_starts(starts, batch, length)
-            documents = number_documents(starts, length)
-        elif position_ids is not None and isinstance(past, int) and past == 0:
-            documents = find_documents(position_ids, mask, length)
-        if position_ids is None:
-            position_ids = count_positions(config, tokens, mask, documents, starts, past)
-        longest = keywords.get(f"max_length_{side}")
-        plain = full_mask is None and (mask is None or mask.shape == (batch, past + length))
-        return cls(
-            tokens, (batch, length), position_ids, mask, documents, starts, longest, full_mask, cache, past, plain
-        )
+        past = 0
+        if cache is not None:
+            cache = self_attention_cache(cache)
+            past = cache.get_seq_length()
+            check_past(mask, past, shape[1], prefix)
+        starts, longest = (keywords.get(f"{name}_{side}") for name in ("cu_seq_lens", "max_length"))
+        documents, positions = place(config, tokens, mask, position_ids, starts, past)
+        plain = full_mask is None and (mask is None or mask.shape == (shape[0], past + shape[1]))
+        return cls(tokens, shape, positions, mask, documents, starts, longest, full_mask, cache, past, plain)
 
     def predicted(self, device: torch.device) -> Tensor | None:
         """Return which tokens `[B | 1, L]` a causal model is asked for; None: all.
@@ -158,28 +140,36 @@ def _begins_after_padding(position_ids: Tensor, real: Tensor) -> Tensor:
     return real[:, 1:] & (before >= 0) & ~goes_on
 
 
-def count_positions(
+def place(
     config: PreTrainedConfig,
     tokens: Tensor,
     mask: Tensor | None,
-    documents: Tensor | None,
-    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+    starts: Tensor | None,
     past: int | Tensor,
-) -> Tensor:
-    """Count the positions `[B | 1, L]` of tokens in each document, after `past` tokens.
+) -> tuple[Tensor | None, Tensor]:
+    """Return the documents of tokens (see `find_documents`) and their positions in them, int64 `[B | 1, L]`.
 
-    `config.position_counting` says what counts: columns, real tokens by the mask, or all but pad tokens (at -1).
+    Positions that are not given are counted after `past` tokens. `config.position_counting` says what counts: columns,
+    real tokens by the mask, or all but pad tokens (which stand at -1).
     """
-    length = tokens.shape[1]
-    if cu_seqlens is not None and documents is not None:
+    length, documents = tokens.shape[1], None
+    if starts is not None:
+        check_starts(starts, *tokens.shape[:2])
+        documents = number_documents(starts, length)
+    elif position_ids is not None and isinstance(past, int) and past == 0:
+        documents = find_documents(position_ids, mask, length)
+    if position_ids is not None:
+        return documents, position_ids
+    if starts is not None and documents is not None:
         places = torch.arange(length, device=tokens.device)
-        return places[None] - cu_seqlens.to(places)[documents]
+        return documents, places[None] - starts.to(places)[documents]
     if config.position_counting == "mask" and mask is not None and mask.shape[1] >= length:
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        return documents, (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     if config.position_counting == "tokens" and tokens.ndim == 2:
         real = tokens != config.pad_token_id
-        return (real.long().cumsum(-1) - 1 + past).masked_fill(~real, -1)
-    return (torch.arange(length, device=tokens.device) + past)[None]
+        return documents, (real.long().cumsum(-1) - 1 + past).masked_fill(~real, -1)
+    return documents, (torch.arange(length, device=tokens.device) + past)[None]
 
 
 def sequence_lengths(positions: Tensor, documents: Tensor | None) -> Tensor:
@@ -191,25 +181,34 @@ def sequence_lengths(positions: Tensor, documents: Tensor | None) -> Tensor:
     return last.scatter_reduce(1, documents, positions, "amax").gather(1, documents) + 1
 
 
-def refuse_tokens(
+def self_attention_cache(cache: Cache | None) -> Cache | None:
+    """Return the part of a cache that self-attention fills."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def check_tokens(
     config: PreTrainedConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None, prefix: str
-) -> NoReturn:
-    """Raise ValueError that says what is wrong with ids or embeddings; `prefix` ("decoder_") is for its text."""
+) -> Tensor:
+    """Return the one of ids `[B, L]` and embeddings `[B, L, E]` that was given, or raise ValueError."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(f"Give exactly one of {prefix}input_ids and {prefix}inputs_embeds")
-    if input_ids is None:
-        raise ValueError(
-            f"inputs_embeds must be [batch, length, hidden_size={config.hidden_size}] with at least one token, "
-            f"got {list(inputs_embeds.shape)}"
-        )
-    if input_ids.dtype not in IDS:
+    if inputs_embeds is not None:
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != config.hidden_size or 0 in inputs_embeds.shape:
+            raise ValueError(
+                f"inputs_embeds must be [batch, length, hidden_size={config.hidden_size}] with at least one token, "
+                f"got {list(inputs_embeds.shape)}"
+            )
+        return inputs_embeds
+    if input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids must be int64 or int32 token ids, got {input_ids.dtype}; call .long() on ids")
-    raise ValueError(f"input_ids must be [batch, length] with at least one token, got {list(input_ids.shape)}")
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must be [batch, length] with at least one token, got {list(input_ids.shape)}")
+    return input_ids
 
 
-def check_past(mask: Tensor, past: int | Tensor, length: int, prefix: str) -> None:
+def check_past(mask: Tensor | None, past: int | Tensor, length: int, prefix: str) -> None:
     """Raise ValueError for a mask that does not cover what the cache holds: which keys it means would be a guess."""
-    if isinstance(past, int) and past > 0 and mask.shape[1] < past + length:
+    if mask is not None and isinstance(past, int) and past > 0 and mask.shape[1] < past + length:
         raise ValueError(
             f"{prefix}attention_mask covers {mask.shape[1]} tokens, but the cache holds {past} and {length} more "
             f"come; give a mask of {past + length}, or none"

@@ -8,6 +8,7 @@ Shapes: B batch, L length, S source length, E hidden.
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ from .layers_urform import (
     sinusoidal_positions,
 )
 from .parallel_urform import refuse_uneven
-from .plan_urform import Packed, Plan, Route, choose_route
-from .sequences_urform import Sequences, sequence_lengths
+from .plan_urform import Masked, Packed, Plan, Route, choose_route
+from .sequences_urform import Sequences, self_attention_cache, sequence_lengths
 from .stock_models.attention_interface import register_attention
 
 logger = logging.get_logger(__name__)
@@ -218,10 +219,8 @@ class UrformStack(UrformPreTrainedModel):
         if self.embed_token_types is not None:
             zeros = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
             hidden = hidden + self.embed_token_types(zeros if token_type_ids is None else route.enter(token_type_ids))
-        if self.config.position_encoding == "sinusoidal":
-            hidden = hidden + self.sinusoids(route.enter(sequences.positions), hidden.dtype)
-        elif self.embed_positions is not None:
-            hidden = hidden + self.learned_positions(route.enter(sequences.positions))
+        if self.config.position_encoding in ("sinusoidal", "learned"):
+            hidden = self._add_positions(hidden, route.enter(sequences.positions))
         if self.embed_norm is not None:
             hidden = self.embed_norm(hidden)
         return dropout(hidden, self.config.hidden_dropout_prob, self.training)
@@ -240,10 +239,12 @@ class UrformStack(UrformPreTrainedModel):
             waves = waves * (places >= 0)[..., None]
         return waves if index is None else waves[index]
 
-    def learned_positions(self, position_ids: Tensor) -> Tensor:
-        """Look up positions `[B, L]`; raise ValueError for those outside the table."""
+    def _add_positions(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        """Add absolute positions `[B, L]`; raise ValueError for those beyond a learned table."""
+        if self.embed_positions is None:
+            return hidden + self.sinusoids(position_ids, hidden.dtype)
         try:
-            return self.embed_positions(position_ids + self.config.position_offset)
+            return hidden + self.embed_positions(position_ids + self.config.position_offset)
         except IndexError as error:
             first, last = (int(x) for x in position_ids.aminmax())
             longest = self.config.max_position_embeddings
@@ -256,7 +257,7 @@ class UrformStack(UrformPreTrainedModel):
     def plans(self, hidden: Tensor, sequences: Sequences, states: Tensor | None, route: Route) -> dict[str, Plan]:
         """Return what each type of layer is told."""
         kinds, cos_sin, lengths = sorted(set(self.layer_types)), {}, None
-        own, cross = route.attend(hidden, states, kinds)
+        own, cross = route.masks(hidden, states, kinds) if isinstance(route, Masked) else (route.own, route.cross)
         if self.rotary_emb is not None:
             positions = route.enter(sequences.positions)
             if any(module.depends_on_length for module in self.rotary_emb.values()):
@@ -386,6 +387,8 @@ class UrformDecoder(UrformStack):
             sequences = Sequences.of(
                 config, input_ids, inputs_embeds, attention_mask, position_ids, kwargs, cache=layers_cache
             )
+        elif cache is not None:  # made here, or kept from the layers
+            sequences = replace(sequences, cache=self_attention_cache(layers_cache))
         states = super().forward(sequences, None, memory, layers_cache, kwargs)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=states, **cache_field(cache if use_cache else None)
