@@ -86,7 +86,8 @@ class Sequences:
             check_past(mask, past, shape[1], prefix)
         starts, longest = (keywords.get(f"{name}_{side}") for name in ("cu_seq_lens", "max_length"))
         documents, positions = place(config, tokens, mask, position_ids, starts, past)
-        plain = full_mask is None and (mask is None or mask.shape == (shape[0], past + shape[1]))
+        plain = mask is None or (not isinstance(past, Tensor) and mask.shape == (shape[0], past + shape[1]))
+        plain = plain and full_mask is None
         return cls(tokens, shape, positions, mask, documents, starts, longest, full_mask, cache, past, plain)
 
     def predicted(self, device: torch.device) -> Tensor | None:

@@ -296,7 +296,7 @@ class UrformTrainer(Seq2SeqTrainer):
         model: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         if isinstance(model, UrformLanguageModel):
             mask = inputs.get("decoder_attention_mask")
-            mask = real_targets(labels, given=False, seen=True) if mask is None else mask
+            mask = real_targets(labels, given=False, all_logits=True) if mask is None else mask
             made = {"decoder_input_ids": decoder_inputs(model.config, labels, mask), "decoder_attention_mask": mask}
         elif hasattr(model, "prepare_decoder_input_ids_from_labels"):
             made = {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}

@@ -66,6 +66,11 @@ class KnownMask:
             made=[],
         )  # fmt: skip
 
+    @property
+    def is_square(self) -> bool:
+        """Return whether queries and keys are the same tokens."""
+        return self.q_start == 0 and self.shape[2] == self.keys
+
     def once(self, given: tuple[Any, ...], make: Callable[[], T]) -> T:
         """Make something of the mask and these objects, or give what was made of the same ones before."""
         for others, result in self.made:
@@ -268,58 +273,78 @@ def _known(
 ) -> KnownMask:
     """Put pattern, 2D mask and offsets together, with one host read, or raise `_Unknown`."""
     batch, _, length, kv_length = shape
-    keys = kv_length
-    if pattern.causal:
-        keys = q_start + length
-        if q_start < 0 or keys > kv_length:
-            raise _Unknown("queries outside of the keys")
-    window = (pattern.left, pattern.right)
-    in_reach = all(side is None or side >= max(keys, q_start + length) - 1 for side in window)
+    keys = q_start + length if pattern.causal else kv_length
+    in_reach = all(side is None or side >= max(keys, q_start + length) - 1 for side in (pattern.left, pattern.right))
+    _check_extent(pattern, shape, q_start, keys, in_reach)
+    padding = _padding(_both(attention_mask, pattern.padding), batch, kv_offset, keys)
+    documents = None if pattern.documents is None else pattern.documents.expand(batch, -1)
+    if is_tracing(padding) or is_tracing(documents):
+        raise _Unknown("it is being traced")
+    if pattern.positions is not None and documents is None:
+        raise _Unknown("positions that do not follow the documents")
+    has_padding = _read(padding, documents, pattern.positions, in_reach)
+    return KnownMask(
+        shape=shape,
+        causal=pattern.causal,
+        window=None if in_reach else (pattern.left, pattern.right),
+        keys=keys,
+        q_start=q_start,
+        padding=padding if has_padding else None,
+        documents=documents,
+        device=device,
+        build=build,
+    )
+
+
+def _check_extent(pattern: _Pattern, shape: tuple[int, int, int, int], q_start: int, keys: int, in_reach: bool) -> None:
+    """Raise `_Unknown` where queries and keys do not lie as layouts can say; `in_reach`: the window hides nothing."""
+    _, _, length, kv_length = shape
     square = q_start == 0 and length == keys
+    if pattern.causal and (q_start < 0 or keys > kv_length):
+        raise _Unknown("queries outside of the keys")
     if pattern.documents is not None and not square:
         raise _Unknown("packed documents with a past")
     if not in_reach and not pattern.causal and not square:
         raise _Unknown("a window between unequal queries and keys")
 
-    padding = _both(attention_mask, pattern.padding)
-    if padding is not None:
-        if padding.dim() != 2 or padding.shape[0] not in (1, batch):
-            raise _Unknown("a padding mask that is not [batch, length]")
-        if padding.shape[1] < kv_offset + keys:
-            raise _Unknown("a padding mask shorter than the tokens")
-        padding = padding[:, kv_offset : kv_offset + keys].expand(batch, -1) != 0
-    documents = None if pattern.documents is None else pattern.documents.expand(batch, -1)
-    if is_tracing(padding) or is_tracing(documents):
-        raise _Unknown("it is being traced")
 
-    # Read once: whether there is padding at all, and holes; whether positions restart with the documents.
-    questions = []
+def _padding(mask: Tensor | None, batch: int, kv_offset: int, keys: int) -> Tensor | None:
+    """Return which of the keys are real, bool `[B, keys]`, or raise `_Unknown`."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[0] not in (1, batch):
+        raise _Unknown("a padding mask that is not [batch, length]")
+    if mask.shape[1] < kv_offset + keys:
+        raise _Unknown("a padding mask shorter than the tokens")
+    return mask[:, kv_offset : kv_offset + keys].expand(batch, -1) != 0
+
+
+def _read(padding: Tensor | None, documents: Tensor | None, positions: Tensor | None, in_reach: bool) -> bool:
+    """Return whether there is padding at all, or raise `_Unknown` for what layouts cannot say; one host read.
+
+    Documents must be in one piece each, positions must restart where documents begin, and under a window the real
+    tokens of a row must be neighbours.
+    """
+    answers: dict[str, Tensor] = {}
     if documents is not None:
-        questions += [(documents.diff(dim=-1) >= 0).all()]
+        answers["whole"] = (documents.diff(dim=-1) >= 0).all()
+    if documents is not None and positions is not None:
+        steps = positions.expand(documents.shape[0], -1).diff(dim=-1) == 1
+        answers["restart"] = ((documents.diff(dim=-1) == 0) == steps).all()
     if padding is not None:
         begins = padding[:, 1:] & ~padding[:, :-1]
-        questions += [padding.all(), (begins.sum(-1) + padding[:, 0] <= 1).all()]
-    if documents is not None and pattern.positions is not None:
-        steps = pattern.positions.expand(batch, -1).diff(dim=-1) == 1
-        questions += [((documents.diff(dim=-1) == 0) == steps).all()]
-    answers: list[bool] = torch.stack(questions).tolist() if questions else []
-    if pattern.positions is not None and (documents is None or not answers.pop()):
+        answers["all real"] = padding.all()
+        answers["neighbours"] = (begins.sum(-1) + padding[:, 0] <= 1).all()
+    if not answers:
+        return False
+    told = dict(zip(answers, torch.stack(list(answers.values())).tolist(), strict=True))
+    if not told.get("restart", True):
         raise _Unknown("positions that do not follow the documents")
-    if documents is not None and not answers.pop(0):
+    if not told.get("whole", True):
         raise _Unknown("documents in pieces")
-    if padding is not None and not in_reach and not answers[1]:
+    if not in_reach and not told.get("neighbours", True):
         raise _Unknown("a window over padding between real tokens")
-    return KnownMask(
-        shape=shape,
-        causal=pattern.causal,
-        window=None if in_reach else window,
-        keys=keys,
-        q_start=q_start,
-        padding=None if padding is None or answers[0] else padding,
-        documents=documents,
-        device=device,
-        build=build,
-    )
+    return not told.get("all real", True)
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import urform
 from urform import UrformConfig
+from urform.modeling.sequences_urform import find_documents
 
 HEADS = {"encoder": "MaskedLM", "decoder": "CausalLM", "encoder-decoder": "ConditionalGeneration"}
 ENCODINGS = ("rope", "sinusoidal", "learned", "alibi", "t5", "none")
@@ -266,3 +267,22 @@ def test_a_prefix_in_the_cache_is_seen_by_labels(name: str) -> None:
             mode()
             got = model(input_ids=ids, labels=labels, **{name: prefix()}).loss.double()
             torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", [None, "eager"])
+def test_padding_between_tokens_begins_no_document(implementation: str | None) -> None:
+    """Positions after padding may go on by one or count it; where they do neither, a document begins."""
+    model = make("encoder")
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
+    ids = torch.randint(3, 50, (1, 7))
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0, 1]])
+    real = mask.bool()[0]
+    assert find_documents(torch.arange(7)[None], mask, 7) is None
+    goes_on = torch.tensor([[0, 1, 1, 2, 3, 3, 4]])
+    got = model(ids, attention_mask=mask, position_ids=goes_on).logits[:, real]
+    assert_within(got, *twice(model, lambda m: m(ids[:, real]).logits))
+    restarts = torch.tensor([[0, 1, 0, 0, 1, 0, 0]])
+    got = model(ids, attention_mask=mask, position_ids=restarts).logits[:, real]
+    parts = ((0, 2), (3, 5), (6, 7))
+    assert_within(got, *twice(model, lambda m: torch.cat([m(ids[:, a:b]).logits for a, b in parts], dim=1)))

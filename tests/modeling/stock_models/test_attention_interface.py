@@ -41,6 +41,7 @@ from transformers import (
     masking_utils,
 )
 
+from urform import UrformConfig, UrformForCausalLM
 from urform.modeling.kernels.attention_biases import ALiBi
 from urform.modeling.kernels.attention_dispatch import attention
 from urform.modeling.kernels.attention_layouts import Layout
@@ -260,13 +261,36 @@ def test_packed_encoder_decoders_keep_documents_apart(family: str) -> None:
     assert same.tolist() == [True] * 2 + [False] * 5 + [True] * 4
 
 
-def test_positions_that_do_not_restart_tell_nothing() -> None:
-    """Grouped positions, jumps, and positions all the same are no packing."""
-    model, eager = build("llama", "urform"), build("llama", "eager")
-    ids = packed()[0][:, :6]
-    for positions in ([0, 0, 1, 1, 2, 2], [0, 1, 2, 7, 8, 9], [0] * 6, [5, 4, 3, 2, 1, 0]):
-        given = dict(input_ids=ids, position_ids=torch.tensor([positions]), use_cache=True)
-        assert_within(model(**given)[0], eager(**given)[0], exact(eager)(**given)[0])
+@pytest.mark.parametrize("family", ["llama", "urform"])
+@pytest.mark.parametrize(
+    ("positions", "sizes"),
+    [
+        ([0, 1, 2, 5, 6], (3, 2)),
+        ([0, 1, 2, 1, 2], (3, 2)),
+        ([3, 4, 5, 0, 1], (3, 2)),
+        ([2, 3, 4, 5, 6], (5,)),
+        ([0, 0, 1, 1, 2], (1, 2, 2)),
+    ],
+)
+def test_one_rule_for_documents(family: str, positions: list[int], sizes: tuple[int, ...]) -> None:
+    """A document begins where a position is not the one before plus one, in stock models and in Urform's."""
+    ids, places = packed()[0][:, :5], torch.tensor([positions])
+    if family == "llama":
+        model, eager, options = build("llama", "urform"), build("llama", "eager"), {"use_cache": True}
+    else:
+        config = UrformConfig(
+            architecture="decoder", vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=24, max_position_embeddings=32,
+        )  # fmt: skip
+        model, options = UrformForCausalLM(config).eval(), {}
+        eager = copy.deepcopy(model)
+        eager.set_attn_implementation("eager")
+    documents = list(zip(ids.split(sizes, 1), places.split(sizes, 1), strict=True))
+    alone, truth = (
+        torch.cat([m(input_ids=part, position_ids=place)[0] for part, place in documents], dim=1)
+        for m in (eager, exact(eager))
+    )
+    assert_within(model(input_ids=ids, position_ids=places, **options)[0], alone, truth)
 
 
 def test_positions_changed_in_place_are_read_again() -> None:
@@ -365,22 +389,20 @@ def test_packed_cross_attention_and_bias_objects() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_layouts_from_a_model_that_knows(causal: bool) -> None:
-    module, bias = Module(), ALiBi(torch.tensor([0.5, 0.2, 0.1, 0.7]))
-    module.is_causal = causal
+    bias = ALiBi(torch.tensor([0.5, 0.2, 0.1, 0.7]))
     q, k = heads(1, 4, 5, 8), heads(1, 2, 9, 8)
     q_layout, kv_layout = Layout.packed(torch.tensor([0, 2, 5])), Layout.packed(torch.tensor([0, 6, 9]))
-    call: dict[str, Any] = dict(sliding_window=3, softcap=4.0, scaling=0.3)
-    packed, _ = urform_attention_forward(
-        module, q, k, k, None, position_bias=bias, q_layout=q_layout, kv_layout=kv_layout, **call
-    )
+    call: dict[str, Any] = dict(causal=causal, window=(2, 2), softcap=4.0, scale=0.3, bias=bias)
+    rows = [x[0].transpose(0, 1) for x in (q, k, k)]
+    packed = attention(*rows, q_layout=q_layout, kv_layout=kv_layout, **call)[None]
     q_pad, k_pad = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 6, 8)
     q_pad[0, :, :2], q_pad[1], k_pad[0], k_pad[1, :, :3] = q[0, :, :2], q[0, :, 2:], k[0, :, :6], k[0, :, 6:]
     layouts = dict(
         q_layout=Layout.padded(torch.tensor([[1, 1, 0], [1, 1, 1]])),
         kv_layout=Layout.padded(torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])),
     )
-    padded, _ = urform_attention_forward(module, q_pad, k_pad, k_pad, None, position_bias=bias, **layouts, **call)
-    assert packed.shape == (1, 5, 4, 8) and packed.is_contiguous()
+    padded = attention(*(x.transpose(1, 2) for x in (q_pad, k_pad, k_pad)), **layouts, **call)
+    assert packed.shape == (1, 5, 4, 8)
     for (a, b), (c, d) in zip(((0, 2), (2, 5)), ((0, 6), (6, 9)), strict=True):
         keys = k[:, :, c:d].transpose(1, 2)
         options: dict[str, Any] = dict(causal=causal, window=(2, 2), softcap=4.0, scale=0.3, backend="reference")
@@ -421,8 +443,6 @@ def test_cu_seq_lens_beside_a_mask_or_a_bias_tensor(causal: bool, with_mask: boo
         ({"cache": object()}, ["cache"]),
         ({"cu_seq_lens_q": torch.tensor([0, 5])}, ["cu_seq_lens_q", "batch is 2"]),
         ({"attention_mask": torch.ones(1, 1, 5, 5) > 0, "position_bias": ALiBi(torch.ones(4))}, ["ALiBi", "dense"]),
-        ({"q_layout": Layout.full(2, 5), "attention_mask": torch.ones(1, 1, 5, 5) > 0}, ["q_layout", "attention_mask"]),
-        ({"kv_layout": Layout.full(2, 5)}, ["kv_layout", "q_layout"]),
         ({"module": nn.Linear(1, 1)}, ["Linear", "is_causal"]),
         ({"attention_mask": torch.ones(1, 1, 5, 9) > 0}, ["5, 9", "[2, 4, 5, 5]"]),
     ],
