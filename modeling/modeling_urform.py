@@ -159,17 +159,17 @@ class UrformModel(UrformPreTrainedModel):
         target = (decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, decoder_position_ids)
         if not self.config.is_encoder_decoder:
             self._refuse(*target, encoder_outputs)
-            options = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-            return self._one_stack(*source, cache=cache, use_cache=use_cache, **options, **kwargs)
+            kwargs = kwargs if token_type_ids is None else {**kwargs, "token_type_ids": token_type_ids}
+            return self._one_stack(*source, use_cache, cache=cache, **kwargs)
         if encoder_outputs is None:
             memory = Sequences.of(self.config, *source, kwargs, side="k")
-            encoder_outputs = self.encoder(
+            encoded = self.encoder(
                 input_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids, sequences=memory, **kwargs
             )
-            memory = replace(memory, tokens=encoder_outputs.last_hidden_state)
+            memory = replace(memory, tokens=encoded.last_hidden_state)
         else:
-            encoder_outputs = as_output(encoder_outputs)
-            states = encoder_outputs.last_hidden_state
+            encoded = as_output(encoder_outputs)
+            states = encoded.last_hidden_state
             memory = Sequences.of(self.config, None, states, attention_mask, position_ids, kwargs, side="k")
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             target = (*self._shift_source(*source[:3], decoder_attention_mask), decoder_position_ids)
@@ -183,8 +183,8 @@ class UrformModel(UrformPreTrainedModel):
             decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             encoder_last_hidden_state=memory.tokens,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
         )
 
     def _one_stack(

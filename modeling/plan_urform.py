@@ -98,8 +98,8 @@ class Plan(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Route:
-    """How the layers of a stack are told who may see whom, in one forward pass."""
+class _Route:
+    """How the layers of a stack are told who may see whom, in one forward pass: `Packed`, `Cached` or `Masked`."""
 
     def enter(self, x: Tensor) -> Tensor:
         """Return the stack's `[B, L, ...]` as the layers take it."""
@@ -115,7 +115,7 @@ class Route:
 
 
 @dataclass(frozen=True, eq=False)
-class Packed(Route):
+class Packed(_Route):
     """The real tokens of a `[B, L, ...]` batch as one row `[1, N, ...]`.
 
     Attributes:
@@ -160,7 +160,7 @@ class Packed(Route):
             lengths = torch.full(shape[:1], shape[1], device=device) if mask is None else mask.sum(-1)
         sizes, starts = tuple(lengths.tolist()), nn.functional.pad(lengths.cumsum(0), (1, 0))
         layout = Layout(len(sizes), max(sizes, default=0), lengths, cu_seqlens=starts, known_sizes=sizes)
-        own = dict.fromkeys(kinds, ByLayout(layout, layout, True))
+        own: dict[str, How] = dict.fromkeys(kinds, ByLayout(layout, layout, True))
         if source is None or layout.length == 0:
             return cls(layout, index, shape, num_documents, own, layout.length == 0)
         refuse_unpaired(num_documents, source.num_documents)
@@ -183,7 +183,7 @@ class Packed(Route):
 
 
 @dataclass(frozen=True, eq=False)
-class Cached(Route):
+class Cached(_Route):
     """New tokens after those in a growing cache, in padded tensors."""
 
     own: dict[str, How]
@@ -191,7 +191,7 @@ class Cached(Route):
 
 
 @dataclass(frozen=True, eq=False)
-class Masked(Route):
+class Masked(_Route):
     """Padded tensors, and the masks of transformers.
 
     Attributes:
@@ -268,6 +268,9 @@ class Masked(Route):
             encoder_hidden_states=states,
             and_mask_function=same,
         )
+
+
+Route = Packed | Cached | Masked
 
 
 def same_document(query_documents: Tensor, key_documents: Tensor) -> Callable[..., Tensor]:

@@ -79,7 +79,7 @@ class Sequences:
         shape, mask, full_mask = tuple(tokens.shape[:2]), None, attention_mask
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:  # PEFT's prefixes make it of a float type
             mask, full_mask = attention_mask.bool() if attention_mask.is_floating_point() else attention_mask, None
-        past = 0
+        past: int | Tensor = 0
         if cache is not None:
             cache = self_attention_cache(cache)
             past = cache.get_seq_length()
@@ -182,7 +182,7 @@ def sequence_lengths(positions: Tensor, documents: Tensor | None) -> Tensor:
     return last.scatter_reduce(1, documents, positions, "amax").gather(1, documents) + 1
 
 
-def self_attention_cache(cache: Cache | None) -> Cache | None:
+def self_attention_cache(cache: Cache) -> Cache:
     """Return the part of a cache that self-attention fills."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
@@ -191,15 +191,15 @@ def check_tokens(
     config: PreTrainedConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None, prefix: str
 ) -> Tensor:
     """Return the one of ids `[B, L]` and embeddings `[B, L, E]` that was given, or raise ValueError."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError(f"Give exactly one of {prefix}input_ids and {prefix}inputs_embeds")
-    if inputs_embeds is not None:
+    if input_ids is None and inputs_embeds is not None:
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != config.hidden_size or 0 in inputs_embeds.shape:
             raise ValueError(
                 f"inputs_embeds must be [batch, length, hidden_size={config.hidden_size}] with at least one token, "
                 f"got {list(inputs_embeds.shape)}"
             )
         return inputs_embeds
+    if input_ids is None or inputs_embeds is not None:
+        raise ValueError(f"Give exactly one of {prefix}input_ids and {prefix}inputs_embeds")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids must be int64 or int32 token ids, got {input_ids.dtype}; call .long() on ids")
     if input_ids.ndim != 2 or 0 in input_ids.shape:

@@ -388,7 +388,8 @@ class UrformDecoder(UrformStack):
                 config, input_ids, inputs_embeds, attention_mask, position_ids, kwargs, cache=layers_cache
             )
         elif cache is not None:  # made here, or kept from the layers
-            sequences = replace(sequences, cache=self_attention_cache(layers_cache))
+            own = None if layers_cache is None else self_attention_cache(layers_cache)
+            sequences = replace(sequences, cache=own)
         states = super().forward(sequences, None, memory, layers_cache, kwargs)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=states, **cache_field(cache if use_cache else None)

@@ -300,8 +300,8 @@ def _attend(
     q, k, v = (
         _tokens(x, packed, rows.tokens) for x, packed in ((query, q_packed), (key, kv_packed), (value, kv_packed))
     )
-    layouts = dict(q_layout=rows.q_layout, kv_layout=rows.kv_layout)
-    out = cast(Tensor, attention(q, k, v, **layouts, causal=rows.causal, window=rows.window, bias=bias, **options))
+    options |= dict(q_layout=rows.q_layout, kv_layout=rows.kv_layout, causal=rows.causal, window=rows.window)
+    out = cast(Tensor, attention(q, k, v, bias=bias, **options))
     if rows.tokens is not None:
         out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, rows.tokens, out)
     return out.reshape(batch, length, heads, -1).contiguous()
