@@ -35,52 +35,11 @@ from transformers.utils import can_return_tuple
 
 from ..configuration.configuration_urform import UrformConfig
 from .caches_urform import CACHE, cache_field, cache_of, given_cache
-from .kernels.loss_linear_cross_entropy import linear_cross_entropy
-from .layers_urform import SourceWeights, UrformClassifier, UrformTransform, keep_logits, pool, real_tokens
+from .language_loss_urform import LanguageModelLoss
+from .layers_urform import SourceWeights, UrformClassifier, UrformTransform, pool, real_tokens
 from .sequences_urform import Sequences
 from .stack_urform import UrformDecoder, UrformEncoder, UrformPreTrainedModel
-
-
-def decoder_inputs(config: UrformConfig, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return what the decoder reads to predict `ids` `[B, L]`: `[start, x_0 .. x_{L-2}]` (teacher forcing).
-
-    `mask` `[B, L]` says which tokens are real (None: all). In a left-padded row the start token stands at the first
-    real place, so that the row is what it is without padding.
-
-    Raises:
-        ValueError: `decoder_start_token_id` or `pad_token_id` is None.
-    """
-    start, pad = config.decoder_start_token_id, config.pad_token_id
-    if start is None or pad is None:
-        name = "decoder_start_token_id" if start is None else "pad_token_id"
-        raise ValueError(f"config.{name} is None, but the decoder's input is shifted with it; set it")
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    if config.decoder_start_from_labels:
-        places = torch.arange(ids.shape[1], device=ids.device)
-        last = (places * (real & (ids != -100) & (ids != pad))).amax(-1, keepdim=True)
-        start = ids.gather(1, last)
-    is_first = real & (real.cumsum(-1) == 1)
-    shifted = torch.where(is_first, start, ids.roll(1, dims=-1)).masked_fill(~real, pad)
-    return shifted.masked_fill(shifted == -100, pad)
-
-
-def real_targets(labels: Tensor, given: bool, all_logits: bool) -> Tensor:
-    """Return which target tokens are real, `[B, L]`: none after a row's last label, unless `all_logits` are read.
-
-    No loss depends on what comes there. Unless the decoder's input is `given` with the labels, none before a row's
-    first label is real either: left padding.
-    """
-    labelled = labels != -100
-    real = torch.ones_like(labelled) if all_logits else labelled.flip(-1).cummax(-1).values.flip(-1)
-    return (real if given else real & labelled.cummax(-1).values).long()
-
-
-def as_output(encoder_outputs: ModelOutput | tuple) -> ModelOutput:
-    """Return an encoder's output, which may come as a tuple, by its names."""
-    if isinstance(encoder_outputs, ModelOutput):
-        return encoder_outputs
-    names = ("last_hidden_state", "hidden_states", "attentions")
-    return BaseModelOutput(**dict(zip(names, encoder_outputs, strict=False)))
+from .teacher_forcing_urform import as_output, cover_prefix, decoder_inputs, real_targets, refuse_training
 
 
 def _rest(outputs: ModelOutput) -> dict[str, Any]:
@@ -252,7 +211,7 @@ class UrformEncoderModel(UrformPreTrainedModel):
         return self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 
-class UrformLanguageModel(UrformPreTrainedModel):
+class UrformLanguageModel(LanguageModelLoss, UrformPreTrainedModel):
     """A backbone and its output projection; use one of the three heads below."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -266,146 +225,6 @@ class UrformLanguageModel(UrformPreTrainedModel):
         self.transform = UrformTransform(config, activation) if config.lm_head_transform else None
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
-
-    def project(self, hidden: Tensor, logits_to_keep: int | Tensor = 0) -> Tensor:
-        """Hidden states `[B, L, E]` to logits `[B, kept, V]`."""
-        hidden = keep_logits(hidden, logits_to_keep)
-        if self.transform is not None:
-            hidden = self.transform(hidden)
-        logits = self.lm_head(hidden)
-        if self.config.logit_scale != 1.0:
-            logits = logits * self.config.logit_scale
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def loss_and_logits(
-        self,
-        hidden: Tensor,
-        labels: Tensor | None,
-        logits_to_keep: int | Tensor = 0,
-        skip_logits: bool | None = None,
-        shift: bool = False,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The loss of hidden states `[B, L, E]`, without ever holding all logits, and the logits if they are wanted.
-
-        Args:
-            hidden: `[B, L, E]`.
-            labels: `[B, L]`, -100 where there is no loss; None: no loss.
-            logits_to_keep: see `forward`.
-            skip_logits: return no logits; None: skip them in training, where only the loss is read.
-            shift: labels are the ids themselves; position i predicts label i + 1.
-            label_smoothing: share of the target spread over the vocabulary (Szegedy et al. 2016, section 7).
-            z_loss: weight of the squared log of the softmax's denominator (Chowdhery et al. 2022, section 5).
-            kwargs: `num_items_in_batch`, and what a `loss_function` set by the user takes.
-
-        Raises:
-            ValueError: Smoothing or z-loss beside `logits_to_keep`, `shift_labels` or a `loss_function` of the user's.
-        """
-        if labels is None:
-            return None, self.project(hidden, logits_to_keep)
-        skip_logits = self.training and torch.is_grad_enabled() if skip_logits is None else skip_logits
-        extra = label_smoothing != 0.0 or z_loss != 0.0
-        asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or kwargs.get("shift_labels") is not None
-        fuses = not asked and self.fuses_loss() and self.lm_head.weight.device == hidden.device
-        if fuses and (skip_logits or extra):
-            logits = None if skip_logits else self.project(hidden, logits_to_keep)
-            return self._fused_loss(hidden, labels, shift, label_smoothing, z_loss, **kwargs), logits
-        logits = self.project(hidden, logits_to_keep)
-        if extra:  # an adapter or a shard on lm_head
-            self._refuse_smoothing(asked, label_smoothing, z_loss)
-            return _loss_of_logits(logits, labels, shift, label_smoothing, z_loss, **kwargs), logits
-        loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        labelled = (kwargs.get("shift_labels", labels) != kwargs.get("ignore_index", -100)).any()
-        return torch.where(labelled.to(loss.device), loss, torch.zeros_like(loss)), logits  # a mean over nothing is 0
-
-    def _refuse_smoothing(self, asked: bool, label_smoothing: float, z_loss: float) -> None:
-        if asked or hasattr(self, "_loss_function"):
-            raise ValueError(
-                f"label_smoothing={label_smoothing} and z_loss={z_loss} are for the model's own loss of all "
-                "positions, but loss_function is set, or logits_to_keep or shift_labels is given; drop one of them"
-            )
-
-    def fuses_loss(self) -> bool:
-        """Whether hidden states may meet the projection's weight outside of `lm_head` (no adapter, shard or hook)."""
-        head = self.lm_head
-        plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(self, "_loss_function")
-        hooked = bool(head._forward_hooks or head._forward_pre_hooks) or hasattr(head, "_hf_hook")
-        return plain and not hooked and head.weight.shape[0] == self.config.vocab_size
-
-    def _fused_loss(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        shift: bool,
-        label_smoothing: float,
-        z_loss: float,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = -100,
-        **kwargs: Any,
-    ) -> Tensor:
-        labels = labels.to(hidden.device)
-        if shift:
-            labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        if self.transform is not None:  # of the masked positions alone
-            kept = (labels != ignore_index).flatten().nonzero()[:, 0]
-            labels, hidden = labels.flatten()[kept], self.transform(hidden.flatten(0, 1)[kept])
-        return linear_cross_entropy(
-            hidden,
-            self.lm_head.weight,
-            labels,
-            bias=self.lm_head.bias,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=self.config.final_logit_softcapping,
-            logit_scale=self.config.logit_scale,
-            ignore_index=ignore_index,
-            num_items=num_items_in_batch,
-        )
-
-
-def _loss_of_logits(
-    logits: Tensor,
-    labels: Tensor,
-    shift: bool,
-    label_smoothing: float,
-    z_loss: float,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    **kwargs: Any,
-) -> Tensor:
-    """What `linear_cross_entropy` computes, of logits `[B, L, V]`; also where no label is kept."""
-    if shift:
-        labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    labels = labels.to(logits.device).flatten()
-    logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    total = nn.functional.cross_entropy(
-        logits, labels, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
-    )
-    kept = labels != ignore_index
-    if z_loss:
-        total = total + z_loss * (logits.logsumexp(-1).square() * kept).sum()
-    return total / (kept.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-
-
-def cover_prefix(mask: Tensor | None, cache: Cache, length: int) -> Tensor | None:
-    """Return a mask of `length` targets that covers a trained prefix (PEFT) in the cache too, which is real."""
-    if mask is None:
-        return None
-    missing = cache.get_seq_length() + length - mask.shape[1]
-    return nn.functional.pad(mask, (max(missing, 0), 0), value=1)
-
-
-def refuse_training(trains: bool) -> None:
-    """Raise ValueError in a training step to which neither labels nor the decoder's input came."""
-    if trains:
-        raise ValueError(
-            "neither labels nor decoder_input_ids came to a training step: Trainer takes the labels away under "
-            "label_smoothing_factor or compute_loss_func; use DataCollatorForSeq2Seq(tokenizer, model=model), "
-            "which makes decoder_input_ids of the labels, or UrformTrainer"
-        )
 
 
 class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
