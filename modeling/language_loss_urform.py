@@ -1,5 +1,5 @@
 # Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
-"""The loss of a language model, computed of hidden states without ever holding all logits.
+"""The loss of a language model, computed from hidden states without ever holding all logits.
 
 Shapes: B batch, L length, E hidden, V vocabulary.
 """
@@ -24,7 +24,7 @@ class LanguageModelLoss:
     loss_function: Any
 
     def project(self, hidden: Tensor, logits_to_keep: int | Tensor = 0) -> Tensor:
-        """Hidden states `[B, L, E]` to logits `[B, kept, V]`."""
+        """Compute logits `[B, kept, V]` from hidden states `[B, L, E]`."""
         hidden = keep_logits(hidden, logits_to_keep)
         if self.transform is not None:
             hidden = self.transform(hidden)
@@ -45,7 +45,7 @@ class LanguageModelLoss:
         z_loss: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The loss of hidden states `[B, L, E]`, without ever holding all logits, and the logits if they are wanted.
+        """Compute the loss without ever holding all logits; return it with the logits, if they are wanted.
 
         Args:
             hidden: `[B, L, E]`.
@@ -58,7 +58,7 @@ class LanguageModelLoss:
             kwargs: `num_items_in_batch`, and what a `loss_function` set by the user takes.
 
         Raises:
-            ValueError: Smoothing or z-loss beside `logits_to_keep`, `shift_labels` or a `loss_function` of the user's.
+            ValueError: Smoothing or z-loss with `logits_to_keep`, `shift_labels` or a `loss_function` of the user's.
         """
         if labels is None:
             return None, self.project(hidden, logits_to_keep)
@@ -85,7 +85,7 @@ class LanguageModelLoss:
             )
 
     def fuses_loss(self) -> bool:
-        """Whether hidden states may meet the projection's weight outside of `lm_head` (no adapter, shard or hook)."""
+        """Return whether the loss may use the projection's weight outside of `lm_head` (no adapter, shard, hook)."""
         head = self.lm_head
         plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(self, "_loss_function")
         hooked = bool(head._forward_hooks or head._forward_pre_hooks) or hasattr(head, "_hf_hook")
@@ -132,7 +132,7 @@ def _loss_of_logits(
     ignore_index: int = -100,
     **kwargs: Any,
 ) -> Tensor:
-    """What `linear_cross_entropy` computes, of logits `[B, L, V]`; also where no label is kept."""
+    """Compute what `linear_cross_entropy` does from logits `[B, L, V]`, also where no label is kept."""
     if shift:
         labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     labels = labels.to(logits.device).flatten()

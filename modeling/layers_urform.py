@@ -59,7 +59,7 @@ class UrformRMSNorm(nn.Module):
 
 
 def build_norm(config: UrformConfig) -> nn.Module:
-    """The norm that the config asks for, over the residual stream."""
+    """Build the norm that the config asks for, over the residual stream."""
     if config.norm_type == "rmsnorm":
         return UrformRMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
     return UrformLayerNorm(config.hidden_size, config.norm_eps, config.norm_offset, config.norm_bias)
@@ -93,9 +93,10 @@ class UrformEmbedding(nn.Embedding):
 
 
 def sinusoidal_positions(position_ids: Tensor, size: int, dtype: torch.dtype, layout: str = "interleaved") -> Tensor:
-    """Waves of `config.sinusoidal_layout` (Vaswani et al. 2017, section 3.5): integer `[B, L]` to `[B, L, size]`.
+    """Compute sinusoids of integer positions `[B, L]`: `[B, L, size]` (Vaswani et al. 2017, section 3.5).
 
-    Computed, not stored: no length is too long. Tensor2tensor and fairseq compute in float32.
+    No table is stored, so no length is too long. `layout` is `config.sinusoidal_layout`. Tensor2tensor and fairseq
+    compute in float32.
     """
     half, device = size // 2, position_ids.device
     steps, wide = half, torch.float32 if device.type == "mps" else torch.float64
@@ -136,13 +137,13 @@ class UrformRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: UrformConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
-        """Inverse frequencies of the unscaled form, over the rotated part of the head."""
+        """Return inverse frequencies of the unscaled form, over the rotated part of the head."""
         size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
         exponent = torch.arange(0, size, 2, dtype=torch.int64).float() / size
         return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        """As PyTorch's, for devices; another dtype would round the frequencies."""
+        """Move to a device as PyTorch does, but keep the dtype: another one would round the frequencies."""
         exact = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
         super()._apply(fn, recurse)
         for name, value in exact.items():
@@ -152,7 +153,7 @@ class UrformRotaryEmbedding(nn.Module):
         return self
 
     def _of_length(self, lengths: Tensor) -> Tensor:
-        """Inverse frequencies `[B, L, R / 2]` of tokens whose sequences have these `lengths` `[B, L]`."""
+        """Return inverse frequencies `[B, L, R / 2]` of tokens whose sequences have these `lengths` `[B, L]`."""
         device = lengths.device
         if self.rope_type == "longrope":
             longest = self.config.rope_parameters["original_max_position_embeddings"]
@@ -187,7 +188,7 @@ def rotate(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """The geometric slopes of Press et al. 2022, section 3, for any number of heads."""
+    """Return the geometric slopes of Press et al. 2022, section 3, for any number of heads."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     if power < num_heads:  # the odd ones of the next power of two fill up
@@ -210,7 +211,7 @@ class UrformPositionBias(nn.Module):
             self.table._init_std = config.hidden_size**-0.5 if config.initializer == "t5" else None
 
     def bias(self, device: torch.device) -> ALiBi | T5Bias:
-        """The bias as an object, as `attention()` takes it."""
+        """Return the bias as an object, as `attention()` takes it."""
         rank, parts = self.share
         if self.table is None:
             return ALiBi(torch.tensor(alibi_slopes(self.num_heads), device=device).chunk(parts)[rank])
@@ -219,7 +220,7 @@ class UrformPositionBias(nn.Module):
         return T5Bias(table, bidirectional=self.bidirectional, max_distance=self.max_distance)
 
     def forward(self, query_positions: Tensor, key_positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """Integer positions `[1, L]` and `[1, S]` to the dense bias `[1, H, L, S]`."""
+        """Compute the dense bias `[1, H, L, S]` of integer positions `[1, L]` and `[1, S]`."""
         return self.bias(query_positions.device).dense(query_positions, key_positions).to(dtype)
 
 
@@ -235,7 +236,7 @@ def eager_attention_forward(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Plain attention under transformers' interface; the one that returns weights.
+    """Compute plain attention under transformers' interface; the only one that returns weights.
 
     Args:
         module: the attention module; read for `training`.
@@ -253,7 +254,7 @@ def eager_attention_forward(
         The output `[B, L, H, D]` and the attention weights `[B, H, L, S]`.
     """
     batch, heads, length, _ = query.shape
-    groups = key.shape[1]  # the heads of a group stand one behind the other: rows of one product
+    groups = key.shape[1]  # the heads of a group stand one after the other: rows of one product
     grouped = query.reshape(batch, groups, -1, query.shape[-1])
     scores = (grouped @ key.transpose(2, 3) * scaling).view(batch, heads, length, -1)
     if softcap is not None:
@@ -522,7 +523,7 @@ class UrformClassifier(nn.Module):
 
 
 def keep_logits(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The positions whose logits are asked for: the last n (0: all), or those of an index or boolean tensor."""
+    """Keep the positions whose logits are asked for: the last n (0: all), or those of an index or boolean tensor."""
     if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 2:
         if logits_to_keep.dtype == torch.bool:
             return hidden[logits_to_keep]
@@ -533,7 +534,7 @@ def keep_logits(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 
 
 def real_tokens(hidden: Tensor, ids: Tensor | None, mask: Tensor | None, config: UrformConfig) -> Tensor:
-    """Which tokens are real, bool `[B, L]`: by the mask, else by a decoder's pad token, else all: encoders see all."""
+    """Return which tokens are real, bool `[B, L]`: by the mask, else by a decoder's pad token, else all."""
     if mask is not None and mask.ndim == 2:
         return mask.to(hidden.device).bool()
     if ids is not None and config.pad_token_id is not None and config.architecture != "encoder":
@@ -542,7 +543,7 @@ def real_tokens(hidden: Tensor, ids: Tensor | None, mask: Tensor | None, config:
 
 
 def pool(hidden: Tensor, real: Tensor, config: UrformConfig) -> Tensor:
-    """The first real token's state, the last one's, or the mean over real ones: `[B, L, E]` to `[B, E]`."""
+    """Return the first real token's state, the last one's, or the mean over real ones: `[B, L, E]` to `[B, E]`."""
     how = config.classifier_pooling or ("first" if config.architecture == "encoder" else "last")
     if how == "mean":
         weights = real.to(hidden.dtype)[..., None]
@@ -553,7 +554,7 @@ def pool(hidden: Tensor, real: Tensor, config: UrformConfig) -> Tensor:
 
 
 class SourceWeights(nn.Module):
-    """Tensors of the model that this one was converted from, which nothing reads here; kept for the way back.
+    """Tensors of the model that this one was converted from. Nothing here reads them; the way back needs them.
 
     Args:
         tensors: `config.source_weights`; the buffers are called by the names there, with `/` for `.`.

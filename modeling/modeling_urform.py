@@ -43,7 +43,7 @@ from .teacher_forcing_urform import as_output, cover_prefix, decoder_inputs, rea
 
 
 def _rest(outputs: ModelOutput) -> dict[str, Any]:
-    """All but the hidden state, to hand on."""
+    """Return all but the hidden state, to hand on."""
     return {name: value for name, value in outputs.items() if name != "last_hidden_state"}
 
 
@@ -78,7 +78,7 @@ class UrformModel(UrformPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The table that reads `input_ids`."""
+        """Return the table that reads `input_ids`."""
         return (self.decoder if self.config.architecture == "decoder" else self.encoder).embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -196,7 +196,7 @@ class UrformEncoderModel(UrformPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The table that reads `input_ids`."""
+        """Return the table that reads `input_ids`."""
         return self.encoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -207,7 +207,7 @@ class UrformEncoderModel(UrformPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutput:
-        """As `UrformModel.forward`, with the encoder's arguments."""
+        """Run the encoder; see `UrformModel` for its arguments."""
         return self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 
@@ -237,13 +237,13 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         self.loss_type = "ForMaskedLM"  # the labels are not shifted again
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Labels `[B, L]` shifted right, for collators and label smoothing."""
+        """Return labels `[B, L]` shifted right, for collators and label smoothing."""
         return decoder_inputs(self.config, labels)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """As the library's, but the cross-attention's cache slides in no layer."""
+        """Make the cache as the library does, but let the cross-attention's slide in no layer."""
         given = model_kwargs.get(CACHE) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE)
@@ -596,7 +596,7 @@ class UrformForMultipleChoice(UrformPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MultipleChoiceModelOutput:
-        """See `UrformModel.forward`, with a dimension of choices behind the batch's; `labels` `[B]` say which."""
+        """See `UrformModel.forward`, with a dimension of choices after the batch's; `labels` `[B]` say which."""
         choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
 
         def flat(x: Tensor | None) -> Tensor | None:

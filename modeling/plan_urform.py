@@ -66,7 +66,7 @@ class ByMask(NamedTuple):
     Attributes:
         implementation: the function's name.
         mask: what the implementation's mask function made; None: nothing is hidden, or the function hides it itself.
-        keywords: what the function is told besides: `position_ids`, `cu_seq_lens_*`, `max_length_*`, `is_causal`.
+        keywords: what the function is told as well: `position_ids`, `cu_seq_lens_*`, `max_length_*`, `is_causal`.
     """
 
     implementation: str | None
@@ -89,9 +89,6 @@ class Plan(NamedTuple):
     own: How
     cross: How | None
     cos_sin: tuple[Tensor, Tensor] | None
-
-
-# ------------------------------------------------------------------------------------------------- packing and back
 
 
 # ------------------------------------------------------------------------------------------------------------ routes

@@ -75,14 +75,14 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
 
     @property
     def _supports_flash_attn(self) -> bool:
-        """Whether transformers' flash attention is right here.
+        """Return whether transformers' flash attention is right here.
 
         It un-pads cross-attention's queries with the keys' mask, and has no position bias.
         """
         return not self.config.is_encoder_decoder and self.config.position_encoding not in ("alibi", "t5")
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
-        """As the library's, which takes a name equal to the default's for no change."""
+        """Set the attention as the library does, and remember that it was named: the default's own name counts too."""
         before = self.config._attn_implementation
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         named = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
@@ -100,7 +100,7 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the library's; refuses sizes that tensor parallelism cannot split, before weights are loaded."""
+        """Distribute as the library does; refuse sizes that cannot be split before weights are loaded."""
         if distributed_config is not None and distributed_config.tp_size > 1 and distributed_config.tp_plan != {}:
             refuse_uneven(model.config, distributed_config.tp_size)
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
@@ -127,7 +127,7 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
-        """Which parameter is which, as the config says: shared embeddings, tied output projection, both."""
+        """Return which parameters are one: shared embeddings, a tied output projection, or both, as the config says."""
         config, tied = self.config, {}
         if config.is_encoder_decoder and config.share_embeddings and hasattr(self, "decoder"):
             tied["decoder.embed_tokens.weight"] = "encoder.embed_tokens.weight"
@@ -137,11 +137,11 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
         return tied
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """As the library's, but sharing between encoder and decoder does not depend on `tie_word_embeddings`."""
+        """Return the tied parameters; sharing between the stacks does not depend on `tie_word_embeddings`."""
         return super().get_expanded_tied_weights_keys(all_submodels=True) if all_submodels else self._tied_weights_keys
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As the library's; a decoder with a table of its own grows along."""
+        """Resize as the library does; a decoder with a table of its own grows along."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         if self.config.is_encoder_decoder and not self.config.share_embeddings and (decoder := self.get_decoder()):
             own = decoder.embed_tokens

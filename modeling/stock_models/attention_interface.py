@@ -1,4 +1,4 @@
-"""`attn_implementation="urform"` for every transformers model: our attention behind the library's own interface.
+"""`attn_implementation="urform"` for every transformers model: our attention through the library's own interface.
 
 The function and the mask function are registered under one name. With the function alone every mask builder of the
 library returns None, and padding and causality are dropped without a word.
@@ -393,7 +393,7 @@ def _join(position_bias: Tensor | Bias | None, masks: list[Tensor], dtype: torch
     if isinstance(position_bias, Bias):
         if masks:
             raise ValueError(
-                f"position_bias is a {type(position_bias).__name__} beside an attention_mask; pass "
+                f"position_bias is a {type(position_bias).__name__} with an attention_mask; pass "
                 "bias.dense(q_positions, k_positions), or call attention() with layouts"
             )
         return position_bias

@@ -35,7 +35,7 @@ class KnownMask:
         causal: the last query meets the last of the first `keys` keys.
         window: distances `(left, right)` among a row's indices, or None. Where it is set, the real tokens of a row
             are neighbours, so that distances among real tokens are the same.
-        keys: how many keys there are to see; those behind are not written yet (static caches).
+        keys: how many keys there are to see; those after them are not written yet (static caches).
         q_start: index of the first query among the keys.
         padding: bool `[B, keys]`, True at real keys; None where all are.
         documents: `[B, L]`, numbers that go up from document to document; None where a row is one document.
@@ -245,7 +245,7 @@ def _recognise(function: Callable) -> _Pattern:
 
 
 def _kinds() -> dict[Any, str]:
-    """Code object of each of the library's closures -> what it is."""
+    """Return what each of the library's closures is, by its code object."""
     none = cast(Tensor, None)
     made = {
         "and": masking_utils.and_masks(),
