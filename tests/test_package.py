@@ -474,6 +474,15 @@ def test_address_and_links():
     )
 
 
+def test_pictures_of_the_long_description():
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    text = '<img src="docs/images/a.png" width="50%" alt="a"> and <img alt="b" src="https://x.org/b.png">'
+    kept = '<img alt="b" src="https://x.org/b.png">'
+    assert setup["long_description"](text, "") == f" and {kept}"
+    there = '<img src="https://h.org/u/raw/HEAD/docs/images/a.png" width="50%" alt="a">'
+    assert setup["long_description"](text, "https://h.org/u") == f"{there} and {kept}"
+
+
 def test_a_checkout_with_a_public_remote_names_it(source: Path, tmp_path: Path):
     """In the metadata of the sdist, and of the wheel that is built from it elsewhere."""
     checkout = Path(shutil.copytree(source, tmp_path / "checkout"))
