@@ -440,7 +440,7 @@ def test_metadata(wheel: Path):
         assert f"Programming Language :: Python :: 3.{minor}" in said.get_all("Classifier")
     assert said["Description-Content-Type"] == "text/markdown"
     text = said.get_payload()
-    assert "One Transformer for the Hugging Face stack" in text and "docs/attention.md" in text
+    assert "one Transformer for the Hugging Face stack" in text and "docs/attention.md" in text
     assert not [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
     needs = said.get_all("Requires-Dist")
     for name, least in NEEDS.items():
