@@ -418,6 +418,35 @@ def test_readme_fits_on_a_page() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
 
 
+# Rows of README's table of isolation, and the checks of `urform doctor isolation` that they stand for.
+ISOLATION_ROWS = {
+    "padding on either side, later tokens": ("padding-left", "padding-right", "causality"),
+    "packed, `use_cache=False`": ("packing-position-ids", "packing-cu-seqlens"),
+    "packed, plain call (it fills a cache)": ("packing-cache",),
+    "packed, with a `DynamicCache`": ("packing-given-cache",),
+    "packed, with an `attention_mask` of ones": ("packing-ones-mask",),
+}
+
+
+def test_readme_shows_what_isolation_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Status, and the movement of what leaks to 2%."""
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples/tiny_llama.py"))
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if re.match(r"\| pad|\| pack", line)]
+    shown = {row[0]: row[1:] for row in rows if row[0] in ISOLATION_ROWS}
+    assert shown.keys() == ISOLATION_ROWS.keys()
+    for column, attention in enumerate((None, "urform")):
+        checks = {
+            check.name: check for check in urform.check_isolation("llama-tiny", attn_implementation=attention).checks
+        }
+        for row, names in ISOLATION_ROWS.items():
+            status, _, movement = shown[row][column].partition(", ")
+            for check in (checks[name] for name in names):
+                assert check.status.lower() == status.strip("*").lower(), (row, attention, check)
+                assert check.movement == pytest.approx(float(movement or 0), rel=0.02), (row, attention, check)
+
+
 def test_links_and_pictures_lead_to_files() -> None:
     """Relative links and pictures; a link's heading is one of the page's."""
     for document in DOCUMENTS:
