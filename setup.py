@@ -1,8 +1,8 @@
 """The two parts of the metadata that depend on where the source lies: the project's address, and README's links.
 
 Everything else is in pyproject.toml. The address is `REPOSITORY` or else the remote `origin` of the checkout, if that
-is on the web; a source distribution keeps the one that it was made with. With an address README's links point there;
-without one they become plain text, for relative links are dead on a package index.
+is on the web; a source distribution keeps the one that it was made with. With an address README's links and
+pictures point there. Without one links become plain text and pictures are left out: relative ones are dead on an index.
 """
 
 import re
@@ -16,6 +16,7 @@ from setuptools.command.build_py import build_py
 REPOSITORY = ""  # such as https://host/owner/urform, once there is a public one
 ROOT = Path(__file__).resolve().parent
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?![a-z]+:|#)([^)\s]+)\)")
+PICTURE = re.compile(r'(<img [^>]*src=")(?![a-z]+:)([^"]+)("[^>]*>)')
 
 
 def repository() -> str:
@@ -44,7 +45,8 @@ def web_address(remote: str) -> str:
 
 
 def long_description(text: str, address: str) -> str:
-    """Return README with links that work elsewhere."""
+    """Return README with links and pictures that work elsewhere; without an address it has no pictures."""
+    text = PICTURE.sub(rf"\1{address}/raw/HEAD/\2\3" if address else "", text)
     return LINK.sub(rf"[\1]({address}/blob/HEAD/\2)" if address else r"\1", text)
 
 

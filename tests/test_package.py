@@ -440,7 +440,7 @@ def test_metadata(wheel: Path):
         assert f"Programming Language :: Python :: 3.{minor}" in said.get_all("Classifier")
     assert said["Description-Content-Type"] == "text/markdown"
     text = said.get_payload()
-    assert "One Transformer for the Hugging Face stack" in text and "docs/attention.md" in text
+    assert "one Transformer for the Hugging Face stack" in text and "docs/attention.md" in text
     assert not [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
     needs = said.get_all("Requires-Dist")
     for name, least in NEEDS.items():
@@ -472,6 +472,15 @@ def test_address_and_links():
         "[a](https://h.org/u/blob/HEAD/docs/a.md) [b](https://x.org/b) [c](#c) ![d](d.png) `e` "
         "[f, g](https://h.org/u/blob/HEAD/CONTRIBUTING.md)"
     )
+
+
+def test_pictures_of_the_long_description():
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    text = '<img src="docs/images/a.png" width="50%" alt="a"> and <img alt="b" src="https://x.org/b.png">'
+    kept = '<img alt="b" src="https://x.org/b.png">'
+    assert setup["long_description"](text, "") == f" and {kept}"
+    there = '<img src="https://h.org/u/raw/HEAD/docs/images/a.png" width="50%" alt="a">'
+    assert setup["long_description"](text, "https://h.org/u") == f"{there} and {kept}"
 
 
 def test_a_checkout_with_a_public_remote_names_it(source: Path, tmp_path: Path):
