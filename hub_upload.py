@@ -9,8 +9,8 @@ the first byte goes out:
 1. `check_checkpoint` (publishing/checkpoint_checks.py): complete shards, finite weights, consistent ties, a tokenizer
    that fits the vocabulary, no pickles, no secrets.
 2. `write_bundle`: weights, config, tokenizer; the package's code laid flat, `auto_map` with every head that the
-   architecture has, `requirements.txt` (configuration/bundle_urform.py); the model card (publishing/model_card.py); the
-   stamp, with the sha256 of every file (configuration/bundle_stamp.py).
+   architecture has, `requirements.txt` (publishing/bundle_code.py); the model card (publishing/model_card.py); the
+   stamp, with the sha256 of every file (publishing/bundle_stamp.py).
 3. `verify_bundle` (publishing/verification.py): clean offline processes load and run it, without Urform and with it;
    outputs must be equal bit by bit, and the snippets of the card must run.
 4. `upload_bundle`: one commit onto the state that was looked at, or nothing. Interrupted, it is run again: large files
@@ -31,16 +31,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from urform.configuration.bundle_stamp import (
-    CONFIG_KEY,
-    STAMP_NAME,
-    bundle_files,
-    config_stamp,
-    read_stamp,
-    write_stamp,
-)
-from urform.configuration.bundle_urform import auto_map, package_version, write_code
 from urform.configuration.checkpoint_files import read_json, refuse_links
+from urform.configuration.heads_urform import auto_map
+from urform.configuration.version_urform import CONFIG_KEY, config_stamp, package_version
+from urform.publishing.bundle_code import write_code
+from urform.publishing.bundle_stamp import STAMP_NAME, bundle_files, read_stamp, write_stamp
 from urform.publishing.card_pictures import ALIGNMENT_NAME, CURVE_NAME
 from urform.publishing.checkpoint_checks import check_checkpoint, refuse_secrets
 from urform.publishing.model_card import is_placeholder, make_card, read_card_data, update_card

@@ -55,7 +55,7 @@ def _register_config(auto: Any) -> None:
 
 
 def _register_models(auto: Any, configuration: Any) -> None:
-    from .configuration.bundle_urform import HEADS
+    from .configuration.heads_urform import HEADS
 
     for auto_class, (name, _) in HEADS.items():
         mapping = getattr(auto, auto_class)._model_mapping
@@ -149,22 +149,14 @@ def _register_lm_eval(huggingface: Any) -> None:
     huggingface.HFLM._get_backend = _get_backend
 
 
-def _complete_card(folder: Any, repo_id: str) -> None:
-    from .publishing.model_card import complete_card
+def _publisher() -> Any:
+    from .publishing import bundle_saving
 
-    complete_card(folder, repo_id)
-
-
-def _register_card(bundle: Any) -> None:
-    if _complete_card not in bundle.BEFORE_UPLOAD:
-        bundle.BEFORE_UPLOAD.append(_complete_card)
+    return bundle_saving
 
 
-def _register_trainer(trainer: Any) -> None:
-    from .publishing.trainer_push import PublishCallback
-
-    if PublishCallback not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(PublishCallback)
+def _register_publisher(bundle: Any) -> None:
+    bundle.install_publisher(_publisher)
 
 
 _CONFIGURATION = f"{_PACKAGE}.configuration.configuration_urform"
@@ -184,8 +176,7 @@ _RULES: list[tuple[Sequence[str], Callable[..., None]]] = [
     (("peft.auto",), _register_auto_peft),
     (("peft.tuners.trainable_tokens.model",), _register_trainable_tokens),
     (("lm_eval.models.huggingface",), _register_lm_eval),
-    ((f"{_PACKAGE}.configuration.bundle_urform",), _register_card),
-    (("transformers.trainer",), _register_trainer),
+    ((f"{_PACKAGE}.configuration.bundle_urform",), _register_publisher),
 ]
 _WATCHED = frozenset(name for names, _ in _RULES for name in names)
 _imported: set[str] = set()

@@ -18,8 +18,8 @@ may not go with what is said in one place, `UrformConfig.validate_architecture`.
 """
 
 # First of all, for it says which transformers is needed where that one is too old for the imports below.
-from .bundle_stamp import unstamped
-from .bundle_urform import IS_FLAT_COPY, BundledCodeMixin, package_version
+from .bundle_urform import IS_FLAT_COPY, BundledCodeMixin
+from .version_urform import package_version, unstamped
 
 # isort: split
 import copy

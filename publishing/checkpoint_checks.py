@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..configuration.bundle_stamp import bundle_files
-from ..configuration.bundle_urform import HEADS
 from ..configuration.checkpoint_files import read_json, read_weight_map, refuse_links
+from ..configuration.heads_urform import HEADS
+from .bundle_stamp import bundle_files
 from .secret_patterns import find_secret
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
@@ -124,11 +124,12 @@ def _expected(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dic
     """Return the shape of every weight of the model, its tied weights (target to source) and its config."""
     import torch
 
-    import urform
+    from ..configuration.configuration_urform import UrformConfig
+    from ..modeling import modeling_urform
 
     try:
         with torch.device("meta"):
-            model = getattr(urform, config["architectures"][0])(urform.UrformConfig.from_pretrained(folder))
+            model = getattr(modeling_urform, config["architectures"][0])(UrformConfig.from_pretrained(folder))
     except Exception as error:  # of many kinds: huggingface_hub's validation has its own
         raise ValueError(f"{folder}/config.json describes no model ({type(error).__name__}: {error}).") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -207,8 +208,6 @@ def _check_ids(folder: Path, parsed: Any) -> None:
         ids |= {f"generation_config.{k}": v for k, v in generation.items() if k.endswith("_token_id")}
     if has_tokenizer(folder):
         from transformers import AutoTokenizer
-
-        import urform  # noqa: F401  (makes UrformTokenizer known)
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)

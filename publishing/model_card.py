@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..configuration.bundle_urform import package_version
 from ..configuration.checkpoint_files import INDEX_NAME, read_json, read_weight_map, refuse_links
+from ..configuration.version_urform import package_version
 from ..dependencies import HOW_TO_INSTALL, install_command
 from .card_pictures import ALIGNMENT_NAME, CURVE_NAME, can_draw, draw_alignment, draw_curve
 from .card_snippets import Snippet, auto_class, snippets
@@ -88,11 +88,11 @@ def make_card(
     """
     from huggingface_hub import ModelCard
 
+    from ..configuration.configuration_urform import UrformConfig
+
     given = dict(given or {})
     refuse_links(folder)
-    import urform
-
-    config, full = read_json(folder / "config.json"), urform.UrformConfig.from_pretrained(folder)
+    config, full = read_json(folder / "config.json"), UrformConfig.from_pretrained(folder)
     tokenizer = _tokenizer(folder)
     example = str(given.get("example") or "1 2 3")
     shown = snippets(config, repo_id, tokenizer, example, code)

@@ -22,8 +22,8 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..configuration.bundle_urform import auto_map
 from ..configuration.checkpoint_files import read_json, refuse_links
+from ..configuration.heads_urform import auto_map
 from .card_snippets import auto_class
 from .checkpoint_checks import has_tokenizer
 from .model_card import MARK
