@@ -125,11 +125,10 @@ def upload_bundle(
             somebody else pushed meanwhile.
         OSError, RuntimeError: what huggingface_hub raises when the Hub refuses or cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub import HfApi
 
     refuse_links(directory, everything=True)
-    if get_token() is None:
-        raise ValueError("there is no Hugging Face token: run `hf auth login`, or set HF_TOKEN.")
+    _need_token()
     folder, api = Path(directory), HfApi(library_name="urform", library_version=package_version())
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr:
@@ -137,15 +136,7 @@ def upload_bundle(
     state = api.model_info(repo_id, revision=revision)
     if private and not state.private:
         raise ValueError(f"{repo_id} exists and is public; make it private in its settings, or choose another name.")
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    present = {sibling.rfilename for sibling in state.siblings or []}
-    stale = sorted(_belonged(api, repo_id, state.sha or "", present) - {*names})
-    if stale:
-        say(f"deleting what belonged to the bundle before: {', '.join(stale)}")
-    operations = [
-        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names),
-        *(CommitOperationDelete(path_in_repo=name) for name in stale),
-    ]
+    operations = _operations(api, repo_id, state, folder, say)
     try:
         made = _commit(api, repo_id, operations, folder, state.sha or "", revision, create_pr, say)
     except Exception as error:
@@ -156,6 +147,26 @@ def upload_bundle(
             "Run the same command again: large files that have arrived are not sent twice."
         ) from error
     return str((made.pr_url if create_pr else None) or made.commit_url)
+
+
+def _need_token() -> None:
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise ValueError("there is no Hugging Face token: run `hf auth login`, or set HF_TOKEN.")
+
+
+def _operations(api: Any, repo_id: str, state: Any, folder: Path, say: Say) -> list[Any]:
+    """Return what a commit does: add every file of the bundle, delete what belonged only to the bundle before."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    present = {sibling.rfilename for sibling in state.siblings or []}
+    stale = sorted(_belonged(api, repo_id, state.sha or "", present) - {*names})
+    if stale:
+        say(f"deleting what belonged to the bundle before: {', '.join(stale)}")
+    added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
+    return [*added, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
 
 
 def _belonged(api: Any, repo_id: str, sha: str, present: set[str]) -> set[str]:
@@ -269,31 +280,19 @@ def publish(
     Raises:
         ValueError, OSError, RuntimeError: see `write_bundle`, `verify_bundle` and `upload_bundle`.
     """
-    from huggingface_hub.utils import validate_repo_id
-
     uploads = not (bundle_only or dry_run)
     if repo_id is not None or uploads:
-        if not repo_id or repo_id.count("/") != 1:
-            raise ValueError(
-                f"repo_id={repo_id!r} must be NAMESPACE/NAME; the model card names the repository in full."
-            )
-        validate_repo_id(repo_id)
+        _check_repo_id(repo_id)
     if card_data is not None and not isinstance(card_data, dict):
         card_data = read_card_data(card_data)
     if uploads:
-        from huggingface_hub import get_token
-
-        if get_token() is None:  # before the minutes that the other steps may take
-            raise ValueError("there is no Hugging Face token: run `hf auth login`, or set HF_TOKEN.")
+        _need_token()  # before the minutes that the other steps may take
     with tempfile.TemporaryDirectory() as scratch:
         say("[1/3] checking the checkpoint and writing the bundle")
         bundle = write_bundle(
             checkpoint, bundle_only or f"{scratch}/bundle", repo_id or "", code=code, card_data=card_data
         )
-        files = [p for p in bundle.rglob("*") if p.is_file()]
-        say(f"      {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB")
-        if left := _left_out(Path(checkpoint), bundle):
-            say(f"      not published: {', '.join(left)}")
+        _tell_files(Path(checkpoint), bundle, say)
         say("[2/3] verifying it in clean processes")
         name = repo_id or _local_name(Path(checkpoint))
         verify_bundle(bundle, name, say=lambda line: say(f"      verified: {line}"))
@@ -311,6 +310,22 @@ def publish(
         )
     say(f"      published: {done}")
     return done
+
+
+def _check_repo_id(repo_id: str | None) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
+    if not repo_id or repo_id.count("/") != 1:
+        raise ValueError(f"repo_id={repo_id!r} must be NAMESPACE/NAME; the model card names the repository in full.")
+    validate_repo_id(repo_id)
+
+
+def _tell_files(checkpoint: Path, bundle: Path, say: Say) -> None:
+    """Say how much is in the bundle, and which files of the checkpoint are not."""
+    files = [p for p in bundle.rglob("*") if p.is_file()]
+    say(f"      {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB")
+    if left := _left_out(checkpoint, bundle):
+        say(f"      not published: {', '.join(left)}")
 
 
 def _local_name(checkpoint: Path) -> str:
