@@ -116,7 +116,7 @@ def upload_bundle(
 ) -> str:
     """Upload the bundle as one commit; return the commit's address (of the pull request with `create_pr`).
 
-    Files of an earlier bundle that this one has not (other shards, modules that are gone) are deleted in the same
+    Files of an earlier bundle that this one lacks (other shards, modules that are gone) are deleted in the same
     commit. The commit names the state of the repository that was looked at as its parent: if somebody else has pushed
     meanwhile, nothing happens.
 
@@ -361,10 +361,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--repo-id is needed to upload (or give --bundle-only DIR or --dry-run)")
     try:
         publish(
-            args.checkpoint, args.repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr,
-            bundle_only=args.bundle_only, code=not args.no_code, dry_run=args.dry_run, card_data=args.card_data,
+            args.checkpoint,
+            args.repo_id,
+            private=args.private,
+            revision=args.revision,
+            create_pr=args.create_pr,
+            bundle_only=args.bundle_only,
+            code=not args.no_code,
+            dry_run=args.dry_run,
+            card_data=args.card_data,
             say=lambda line: print(line, flush=True),
-        )  # fmt: skip
+        )
     except (ValueError, OSError, RuntimeError) as error:  # huggingface_hub's HTTP errors are OSErrors
         print(f"error: {error}", file=sys.stderr)
         return 1

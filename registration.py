@@ -34,7 +34,7 @@ def _class(name: str) -> Any:
 
 
 class _Name(str):
-    """The name of one of our classes that has not been asked for."""
+    """The name of one of our classes before anybody has asked for it."""
 
 
 class _LazyClasses(dict[Any, Any]):

@@ -18,7 +18,7 @@ from .bundle_stamp import bundle_files
 from .secret_patterns import find_secret
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
-# What Trainer leaves beside a model: not part of the model, not published, and pickled for the most part.
+# What Trainer leaves in the folder of a model: not part of the model, not published, and pickled for the most part.
 _TRAINER_STATE = ("training_args.bin", "optimizer.", "scheduler.pt", "scaler.pt", "rng_state")
 _INDEX = re.compile(r"model\.safetensors\.index(?:\.([^/.]+))?\.json")
 _WEIGHTS = re.compile(r"model(?:\.([^/.]+))?\.safetensors")
@@ -259,7 +259,7 @@ def _check_tokenizer(folder: Path, parsed: Any) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer beside the model."""
+    """Return whether a folder holds a tokenizer."""
     return (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
 
 

@@ -1,7 +1,7 @@
 """The model card: metadata that the Hub understands, and what is known of the model, its training and its results.
 
-`make_card` says only what is in the checkpoint, in what the training run left beside it, and in the card data that the
-author gives; what is not known is not mentioned, or said to be unknown.
+`make_card` says only what is in the checkpoint, in what the training run left in its folder, and in the card data that
+the author gives. What is not known is left out, or said to be unknown. The text is the template in `card_template.py`.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from .card_pictures import ALIGNMENT_NAME, CURVE_NAME
 from .checkpoint_checks import refuse_secrets
 from .secret_fields import hide_tokens
 
-# What belongs to a run, beside the files of its stamp: weights, configs, tokenizers and what Trainer logs.
+# What belongs to a run, besides the files of its stamp: weights, configs, tokenizers and what Trainer logs.
 _PUBLISHED = re.compile(
     r"(?:adapter_)?model[\w.-]*\.safetensors(?:\.index(?:\.\w+)?\.json)?"
     r"|(?:config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"

@@ -17,11 +17,11 @@ from ..configuration.checkpoint_files import read_json, refuse_link
 
 ARGUMENTS_NAME = "training_args.json"
 # What a reader needs to repeat a run; the rest of the 120 arguments says where and how often things were written.
-TOLD = (
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
-    "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "seed", "data_seed",
-)  # fmt: skip
+TOLD = tuple(
+    "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
+    "lr_scheduler_type warmup_steps optim adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm "
+    "label_smoothing_factor bf16 fp16 seed data_seed".split()
+)
 
 _NUMBER = (int, float)
 
