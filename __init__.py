@@ -13,6 +13,8 @@ import importlib
 import re
 from typing import TYPE_CHECKING, Any
 
+from .configuration.version_urform import VERSION as __version__
+
 if TYPE_CHECKING:
     from . import hub_upload as hub_upload
     from .configuration.configuration_urform import UrformConfig, list_presets
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
         UrformModel,
     )
     from .tokenization.tokenization_urform import UrformTokenizer
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ALiBi",

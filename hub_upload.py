@@ -9,8 +9,8 @@ the first byte goes out:
 1. `check_checkpoint` (publishing/checkpoint_checks.py): complete shards, finite weights, consistent ties, a tokenizer
    that fits the vocabulary, no pickles, no secrets.
 2. `write_bundle`: weights, config, tokenizer; the package's code laid flat, `auto_map` with every head that the
-   architecture has, `requirements.txt` (configuration/bundle_urform.py); the model card (publishing/model_card.py); the
-   stamp, with the sha256 of every file (configuration/bundle_stamp.py).
+   architecture has, `requirements.txt` (publishing/bundle_code.py); the model card (publishing/model_card.py); the
+   stamp, with the sha256 of every file (publishing/bundle_stamp.py).
 3. `verify_bundle` (publishing/verification.py): clean offline processes load and run it, without Urform and with it;
    outputs must be equal bit by bit, and the snippets of the card must run.
 4. `upload_bundle`: one commit onto the state that was looked at, or nothing. Interrupted, it is run again: large files
@@ -31,16 +31,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from urform.configuration.bundle_stamp import (
-    CONFIG_KEY,
-    STAMP_NAME,
-    bundle_files,
-    config_stamp,
-    read_stamp,
-    write_stamp,
-)
-from urform.configuration.bundle_urform import auto_map, package_version, write_code
 from urform.configuration.checkpoint_files import read_json, refuse_links
+from urform.configuration.heads_urform import auto_map
+from urform.configuration.version_urform import CONFIG_KEY, config_stamp, package_version
+from urform.publishing.bundle_code import write_code
+from urform.publishing.bundle_stamp import STAMP_NAME, bundle_files, read_stamp, write_stamp
 from urform.publishing.card_pictures import ALIGNMENT_NAME, CURVE_NAME
 from urform.publishing.checkpoint_checks import check_checkpoint, refuse_secrets
 from urform.publishing.model_card import is_placeholder, make_card, read_card_data, update_card
@@ -121,7 +116,7 @@ def upload_bundle(
 ) -> str:
     """Upload the bundle as one commit; return the commit's address (of the pull request with `create_pr`).
 
-    Files of an earlier bundle that this one has not (other shards, modules that are gone) are deleted in the same
+    Files of an earlier bundle that this one lacks (other shards, modules that are gone) are deleted in the same
     commit. The commit names the state of the repository that was looked at as its parent: if somebody else has pushed
     meanwhile, nothing happens.
 
@@ -130,11 +125,10 @@ def upload_bundle(
             somebody else pushed meanwhile.
         OSError, RuntimeError: what huggingface_hub raises when the Hub refuses or cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub import HfApi
 
     refuse_links(directory, everything=True)
-    if get_token() is None:
-        raise ValueError("there is no Hugging Face token: run `hf auth login`, or set HF_TOKEN.")
+    _need_token()
     folder, api = Path(directory), HfApi(library_name="urform", library_version=package_version())
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr:
@@ -142,15 +136,7 @@ def upload_bundle(
     state = api.model_info(repo_id, revision=revision)
     if private and not state.private:
         raise ValueError(f"{repo_id} exists and is public; make it private in its settings, or choose another name.")
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    present = {sibling.rfilename for sibling in state.siblings or []}
-    stale = sorted(_belonged(api, repo_id, state.sha or "", present) - {*names})
-    if stale:
-        say(f"deleting what belonged to the bundle before: {', '.join(stale)}")
-    operations = [
-        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names),
-        *(CommitOperationDelete(path_in_repo=name) for name in stale),
-    ]
+    operations = _operations(api, repo_id, state, folder, say)
     try:
         made = _commit(api, repo_id, operations, folder, state.sha or "", revision, create_pr, say)
     except Exception as error:
@@ -161,6 +147,26 @@ def upload_bundle(
             "Run the same command again: large files that have arrived are not sent twice."
         ) from error
     return str((made.pr_url if create_pr else None) or made.commit_url)
+
+
+def _need_token() -> None:
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise ValueError("there is no Hugging Face token: run `hf auth login`, or set HF_TOKEN.")
+
+
+def _operations(api: Any, repo_id: str, state: Any, folder: Path, say: Say) -> list[Any]:
+    """Return what a commit does: add every file of the bundle, delete what belonged only to the bundle before."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    present = {sibling.rfilename for sibling in state.siblings or []}
+    stale = sorted(_belonged(api, repo_id, state.sha or "", present) - {*names})
+    if stale:
+        say(f"deleting what belonged to the bundle before: {', '.join(stale)}")
+    added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
+    return [*added, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
 
 
 def _belonged(api: Any, repo_id: str, sha: str, present: set[str]) -> set[str]:
@@ -274,31 +280,19 @@ def publish(
     Raises:
         ValueError, OSError, RuntimeError: see `write_bundle`, `verify_bundle` and `upload_bundle`.
     """
-    from huggingface_hub.utils import validate_repo_id
-
     uploads = not (bundle_only or dry_run)
     if repo_id is not None or uploads:
-        if not repo_id or repo_id.count("/") != 1:
-            raise ValueError(
-                f"repo_id={repo_id!r} must be NAMESPACE/NAME; the model card names the repository in full."
-            )
-        validate_repo_id(repo_id)
+        _check_repo_id(repo_id)
     if card_data is not None and not isinstance(card_data, dict):
         card_data = read_card_data(card_data)
     if uploads:
-        from huggingface_hub import get_token
-
-        if get_token() is None:  # before the minutes that the other steps may take
-            raise ValueError("there is no Hugging Face token: run `hf auth login`, or set HF_TOKEN.")
+        _need_token()  # before the minutes that the other steps may take
     with tempfile.TemporaryDirectory() as scratch:
         say("[1/3] checking the checkpoint and writing the bundle")
         bundle = write_bundle(
             checkpoint, bundle_only or f"{scratch}/bundle", repo_id or "", code=code, card_data=card_data
         )
-        files = [p for p in bundle.rglob("*") if p.is_file()]
-        say(f"      {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB")
-        if left := _left_out(Path(checkpoint), bundle):
-            say(f"      not published: {', '.join(left)}")
+        _tell_files(Path(checkpoint), bundle, say)
         say("[2/3] verifying it in clean processes")
         name = repo_id or _local_name(Path(checkpoint))
         verify_bundle(bundle, name, say=lambda line: say(f"      verified: {line}"))
@@ -316,6 +310,22 @@ def publish(
         )
     say(f"      published: {done}")
     return done
+
+
+def _check_repo_id(repo_id: str | None) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
+    if not repo_id or repo_id.count("/") != 1:
+        raise ValueError(f"repo_id={repo_id!r} must be NAMESPACE/NAME; the model card names the repository in full.")
+    validate_repo_id(repo_id)
+
+
+def _tell_files(checkpoint: Path, bundle: Path, say: Say) -> None:
+    """Say how much is in the bundle, and which files of the checkpoint are not."""
+    files = [p for p in bundle.rglob("*") if p.is_file()]
+    say(f"      {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB")
+    if left := _left_out(checkpoint, bundle):
+        say(f"      not published: {', '.join(left)}")
 
 
 def _local_name(checkpoint: Path) -> str:
@@ -351,10 +361,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--repo-id is needed to upload (or give --bundle-only DIR or --dry-run)")
     try:
         publish(
-            args.checkpoint, args.repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr,
-            bundle_only=args.bundle_only, code=not args.no_code, dry_run=args.dry_run, card_data=args.card_data,
+            args.checkpoint,
+            args.repo_id,
+            private=args.private,
+            revision=args.revision,
+            create_pr=args.create_pr,
+            bundle_only=args.bundle_only,
+            code=not args.no_code,
+            dry_run=args.dry_run,
+            card_data=args.card_data,
             say=lambda line: print(line, flush=True),
-        )  # fmt: skip
+        )
     except (ValueError, OSError, RuntimeError) as error:  # huggingface_hub's HTTP errors are OSErrors
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -14,13 +14,27 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
+from .configuration.heads_urform import HEADS
+
 __all__ = ["watch_imports"]
 
 _PACKAGE = __name__.rpartition(".")[0]
+_MODELING = f"{_PACKAGE}.modeling.modeling_urform"
+_CONFIGURATION = f"{_PACKAGE}.configuration.configuration_urform"
+# The classes that transformers learns by name, and the modules that define them.
+_CLASSES = {
+    "UrformConfig": _CONFIGURATION,
+    "UrformTokenizer": f"{_PACKAGE}.tokenization.tokenization_urform",
+    **{name: _MODELING for name, _ in HEADS.values()},
+}
+
+
+def _class(name: str) -> Any:
+    return getattr(importlib.import_module(_CLASSES[name]), name)
 
 
 class _Name(str):
-    """The name of one of our classes that has not been asked for."""
+    """The name of one of our classes before anybody has asked for it."""
 
 
 class _LazyClasses(dict[Any, Any]):
@@ -28,7 +42,7 @@ class _LazyClasses(dict[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         value = super().__getitem__(key)
-        return getattr(sys.modules[_PACKAGE], value) if isinstance(value, _Name) else value
+        return _class(value) if isinstance(value, _Name) else value
 
     def __iter__(self) -> Iterator[Any]:  # overridden so that dict(self) and pickling copy classes, not names
         return super().__iter__()
@@ -55,8 +69,6 @@ def _register_config(auto: Any) -> None:
 
 
 def _register_models(auto: Any, configuration: Any) -> None:
-    from .configuration.bundle_urform import HEADS
-
     for auto_class, (name, _) in HEADS.items():
         mapping = getattr(auto, auto_class)._model_mapping
         _put(mapping, configuration.UrformConfig, name)
@@ -92,16 +104,15 @@ class _LazyAttribute:
     def __get__(self, module: Any, owner: type) -> Any:
         if getattr(module, "__name__", "") != "transformers":
             raise AttributeError(f"{module!r} has no attribute {self.name!r}")
-        return getattr(sys.modules[_PACKAGE], self.name)
+        return _class(self.name)
 
 
 def _register_classes(import_utils: Any) -> None:
     # TRL, `transformers serve` and others look for `getattr(transformers, config.architectures[0])`. The attributes are
     # set on the class of that module: transformers executes its __init__ twice (`direct_transformers_import`), and each
     # importer holds one of two module objects.
-    for name in sys.modules[_PACKAGE].__all__:
-        if name.startswith("Urform"):
-            setattr(import_utils._LazyModule, name, _LazyAttribute(name))
+    for name in _CLASSES:
+        setattr(import_utils._LazyModule, name, _LazyAttribute(name))
 
 
 def _register_peft_targets(constants: Any) -> None:
@@ -149,25 +160,16 @@ def _register_lm_eval(huggingface: Any) -> None:
     huggingface.HFLM._get_backend = _get_backend
 
 
-def _complete_card(folder: Any, repo_id: str) -> None:
-    from .publishing.model_card import complete_card
+def _publisher() -> Any:
+    from .publishing import bundle_saving
 
-    complete_card(folder, repo_id)
-
-
-def _register_card(bundle: Any) -> None:
-    if _complete_card not in bundle.BEFORE_UPLOAD:
-        bundle.BEFORE_UPLOAD.append(_complete_card)
+    return bundle_saving
 
 
-def _register_trainer(trainer: Any) -> None:
-    from .publishing.trainer_push import PublishCallback
-
-    if PublishCallback not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(PublishCallback)
+def _register_publisher(bundle: Any) -> None:
+    bundle.install_publisher(_publisher)
 
 
-_CONFIGURATION = f"{_PACKAGE}.configuration.configuration_urform"
 _AUTO = "transformers.models.auto"
 # A rule runs whenever one of its modules has been imported (or reloaded) and all of them are there: with these modules.
 _RULES: list[tuple[Sequence[str], Callable[..., None]]] = [
@@ -184,8 +186,7 @@ _RULES: list[tuple[Sequence[str], Callable[..., None]]] = [
     (("peft.auto",), _register_auto_peft),
     (("peft.tuners.trainable_tokens.model",), _register_trainable_tokens),
     (("lm_eval.models.huggingface",), _register_lm_eval),
-    ((f"{_PACKAGE}.configuration.bundle_urform",), _register_card),
-    (("transformers.trainer",), _register_trainer),
+    ((f"{_PACKAGE}.configuration.bundle_urform",), _register_publisher),
 ]
 _WATCHED = frozenset(name for names, _ in _RULES for name in names)
 _imported: set[str] = set()

@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
-from .. import __version__
+from ..configuration.version_urform import VERSION
 from ..dependencies import missing_dependency
 
 try:
@@ -117,7 +117,7 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        _put(f"urform {__version__} (transformers {version('transformers')}, torch {version('torch')})")
+        _put(f"urform {VERSION} (transformers {version('transformers')}, torch {version('torch')})")
         raise typer.Exit
 
 

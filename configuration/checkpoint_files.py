@@ -31,7 +31,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_weight_map(index: str | os.PathLike[str]) -> dict[str, str]:
-    """Return which file beside the index holds which weight.
+    """Return which file in the folder of the index holds which weight.
 
     Raises:
         ValueError: there is no weight map in it, or a file that it names is no safetensors file of the same folder: a
@@ -68,7 +68,7 @@ def refuse_pickled(files: Iterable[str | os.PathLike[str]] | None) -> None:
 
 
 def refuse_link(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Raise a ValueError if `path`, a file or folder in `folder`, is a link or lies behind one that leads out of it.
+    """Raise a ValueError if `path`, a file or folder in `folder`, is a link, or is reached through one, that leads out.
 
     Without this, a link to any file of the machine would put its content into what is published. The folder itself may
     be a link, and links inside it may point at each other. In huggingface_hub's cache the files of a snapshot are links

@@ -49,14 +49,14 @@ _ROPE_POSITIVE = (
 
 
 def check_object(value: Any, where: str) -> None:
-    """A dict, as deep as a config or an index may be."""
+    """Check that a value is a dict, at most as deep as a config or an index may be."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} holds a {type(value).__name__} where an object is expected; repair it")
     check_nesting(value, where)
 
 
 def check_nesting(value: Any, where: str) -> None:
-    """Dicts and lists in each other, at most 50 deep; looked through without recursion."""
+    """Check that dicts and lists in each other are at most 50 deep; without recursion."""
     level = [value]
     for _ in range(_NESTED):
         inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
@@ -67,13 +67,13 @@ def check_nesting(value: Any, where: str) -> None:
 
 
 def check_architectures(names: Any) -> None:
-    """A list of names of classes, or None."""
+    """Check a list of names of classes, or None."""
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f'architectures={names!r} must be a list of names of classes, e.g. ["UrformForCausalLM"]')
 
 
 def check_size(name: str, value: Any) -> None:
-    """An integer from 1 (0 where it means none) to the largest of its kind; None is no size."""
+    """Check an integer from 1 (0 where it means none) to the largest of its kind; None passes."""
     largest = LARGEST[name.removeprefix("decoder_")]
     least = _LEAST.get(name, 1)
     if value is None:
@@ -84,7 +84,10 @@ def check_size(name: str, value: Any) -> None:
 
 
 def check_number(name: str, value: Any, least: float | None = None, below: float | None = None) -> None:
-    """A number that float32 holds; `least` <= value < `below`; `least=0.0` without `below`: positive. None is none."""
+    """Check a number that float32 holds; None passes.
+
+    It has to be at least `least` and less than `below`. `least=0.0` without `below` asks for a positive number.
+    """
     if value is None:
         return
     wide = isinstance(value, int | float) and abs(value) <= _FLOAT32.max  # so no NaN
@@ -97,7 +100,7 @@ def check_number(name: str, value: Any, least: float | None = None, below: float
 
 
 def check_token_id(name: str, value: Any, vocab_size: int) -> None:
-    """One id, or for `eos_token_id` several; each of them a row of the table."""
+    """Check one id, or for `eos_token_id` several; each of them has to be a row of the table."""
     ids = value if isinstance(value, list) else [value]
     if not ids or any(not isinstance(i, int) or not 0 <= i < vocab_size for i in ids if value is not None):
         raise ValueError(
@@ -107,7 +110,7 @@ def check_token_id(name: str, value: Any, vocab_size: int) -> None:
 
 
 def check_source_weights(tensors: Mapping[str, Any]) -> None:
-    """Names with the name of a dtype and a shape each."""
+    """Check a table from names of tensors to the name of a dtype and a shape."""
     if len(tensors) > _WEIGHTS:
         raise ValueError(f"source_weights names {len(tensors):,} tensors, at most {_WEIGHTS:,} are kept; leave it out")
     for name, entry in tensors.items():
@@ -119,14 +122,14 @@ def check_source_weights(tensors: Mapping[str, Any]) -> None:
 
 
 def check_dtype(dtype: Any) -> None:
-    """A dtype in which a model can be trained."""
+    """Check a dtype: one in which a model can be trained, or None."""
     known = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
     if dtype is not None and dtype not in known.values() and str(dtype).removeprefix("torch.") not in known:
         raise ValueError(f"dtype={dtype!r} is no dtype of a model; use one of {', '.join(known)}")
 
 
 def check_rope(parameters: Any, where: str, head_dim: int) -> None:
-    """The rotary parameters of one layer type: known, complete, positive, and as many factors as frequencies."""
+    """Check the rotary parameters of one layer type: known, complete, positive, as many factors as frequencies."""
     kind = parameters.get("rope_type", parameters.get("type", "default")) if isinstance(parameters, dict) else None
     if kind not in _ROPE_NEEDS:
         raise ValueError(f"{where}={parameters!r} must be a dict whose rope_type is one of {', '.join(_ROPE_NEEDS)}")
@@ -135,6 +138,17 @@ def check_rope(parameters: Any, where: str, head_dim: int) -> None:
         raise ValueError(f"{where} of rope_type={kind!r} lacks {', '.join(lacks)}; add it")
     for name in _ROPE_POSITIVE:
         check_number(f"{where}[{name!r}]", parameters.get(name), 0.0)
+    rotated = _rotated_features(parameters, where, kind, head_dim)
+    if kind == "longrope":
+        _check_longrope(parameters, where, (rotated + 1) // 2)
+    if kind == "yarn" and parameters.get("rope_theta") == 1.0:
+        raise ValueError(f"{where}['rope_theta']=1.0 gives rope_type='yarn' no frequencies; use more than 1")
+    if kind == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
+        raise ValueError(f"{where}['high_freq_factor'] must be more than its low_freq_factor; correct one of them")
+
+
+def _rotated_features(parameters: dict[str, Any], where: str, kind: str, head_dim: int) -> int:
+    """Return how many of a head's features are rotated; ValueError where there are too few or too many."""
     part = parameters.get("partial_rotary_factor", 1.0)
     check_number(f"{where}['partial_rotary_factor']", part, 0.0)
     rotated = int(head_dim * part)
@@ -142,12 +156,7 @@ def check_rope(parameters: Any, where: str, head_dim: int) -> None:
         raise ValueError(f"{where}['partial_rotary_factor']={part} rotates {rotated} of head_dim={head_dim} features")
     if kind == "dynamic" and rotated < 4:
         raise ValueError(f"{where} of rope_type='dynamic' needs at least 4 rotated features; there are {rotated}")
-    if kind == "longrope":
-        _check_longrope(parameters, where, (rotated + 1) // 2)
-    if kind == "yarn" and parameters.get("rope_theta") == 1.0:
-        raise ValueError(f"{where}['rope_theta']=1.0 gives rope_type='yarn' no frequencies; use more than 1")
-    if kind == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
-        raise ValueError(f"{where}['high_freq_factor'] must be more than its low_freq_factor; correct one of them")
+    return rotated
 
 
 def _check_longrope(parameters: dict[str, Any], where: str, frequencies: int) -> None:

@@ -30,7 +30,7 @@ class Preset(NamedTuple):
 
 
 def _behind_pad(fields: dict[str, Any]) -> int:
-    """Fairseq's texts begin behind the pad token's row of the table."""
+    """Return the row of the table where fairseq's texts begin: the one after the pad token's."""
     return 0 if fields["pad_token_id"] is None else fields["pad_token_id"] + 1
 
 

@@ -16,7 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from ..configuration.checks_urform import check_size
-from ..configuration.configuration_urform import READ_BY_LIBRARY, UrformConfig
+from ..configuration.configuration_urform import UrformConfig
+from ..configuration.unknown_fields import READ_BY_LIBRARY
 from ..modeling import modeling_urform
 from .families import FAMILIES
 from .family import TOKEN_IDS, Family, Head

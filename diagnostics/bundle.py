@@ -1,6 +1,6 @@
 """`urform doctor bundle`: is a published checkpoint what it was when it was published? No code of it is run.
 
-Every file is compared with the sha256 in the stamp (`configuration/bundle_stamp.py`). The stamp is no signature: it
+Every file is compared with the sha256 in the stamp (`publishing/bundle_stamp.py`). The stamp is no signature: it
 finds what was damaged, truncated or edited, not what was published anew by somebody else.
 """
 
@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..configuration.bundle_stamp import STAMP_NAME, bundle_faults, code_hash, read_stamp, version_warnings
-from ..configuration.bundle_urform import flatten_package, package_version
+from ..configuration.version_urform import package_version, version_warnings
+from ..publishing.bundle_code import flatten_package
+from ..publishing.bundle_stamp import STAMP_NAME, bundle_faults, code_hash, read_stamp
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,6 @@ class UrformModel(UrformPreTrainedModel):
 class UrformEncoderModel(UrformPreTrainedModel):
     """The encoder alone, of an encoder or of an encoder-decoder: text to vectors."""
 
-    _architectures = ("encoder", "encoder-decoder")
     _keys_to_ignore_on_load_unexpected = [r"decoder\..*", r"lm_head\..*", r"source_weights\..*"]
 
     def __init__(self, config: UrformConfig):
@@ -229,8 +228,6 @@ class UrformLanguageModel(LanguageModelLoss, UrformPreTrainedModel):
 
 class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
     """Sequence to sequence: translation, summarization, dialogue."""
-
-    _architectures = ("encoder-decoder",)
 
     def __init__(self, config: UrformConfig):
         super().__init__(config)
@@ -320,8 +317,6 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
 class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
     """Left-to-right language model."""
 
-    _architectures = ("decoder",)
-
     @can_return_tuple
     def forward(
         self,
@@ -376,8 +371,6 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
 
 class UrformForMaskedLM(UrformLanguageModel):
     """Masked language model (Devlin et al. 2019)."""
-
-    _architectures = ("encoder",)
 
     @can_return_tuple
     def forward(
@@ -478,8 +471,6 @@ class UrformForSequenceClassification(UrformPreTrainedModel):
 class UrformForTokenClassification(UrformPreTrainedModel):
     """A label for each token: entities, semantic roles."""
 
-    _architectures = ("encoder", "decoder")
-
     def __init__(self, config: UrformConfig):
         super().__init__(config)
         self.model = UrformModel(config)
@@ -576,8 +567,6 @@ class UrformForQuestionAnswering(UrformPreTrainedModel):
 
 class UrformForMultipleChoice(UrformPreTrainedModel):
     """Which of several texts fits best."""
-
-    _architectures = ("encoder", "decoder")
 
     def __init__(self, config: UrformConfig):
         super().__init__(config)

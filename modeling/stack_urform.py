@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.bundle_urform import BundledCodeMixin
 from ..configuration.configuration_urform import UrformConfig
+from ..configuration.heads_urform import architectures_of
 from .caches_urform import cache_field, given_cache
 from .kernels.attention_biases import Bias
 from .kernels.dropout_bits import dropout
@@ -58,12 +59,12 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _architectures: tuple[str, ...] = ("encoder", "decoder", "encoder-decoder")
 
     def __init__(self, config: UrformConfig, *args: Any, **kwargs: Any):
-        if getattr(config, "architecture", None) not in self._architectures:
+        served = architectures_of(type(self))
+        if getattr(config, "architecture", None) not in served:
             raise ValueError(
-                f"{type(self).__name__} serves architecture {' or '.join(map(repr, self._architectures))}, "
+                f"{type(self).__name__} serves architecture {' or '.join(map(repr, served))}, "
                 f"but config.architecture={getattr(config, 'architecture', None)!r}; "
                 "choose another head or another architecture"
             )
@@ -308,7 +309,6 @@ class UrformEncoder(UrformStack):
     """Bidirectional stack."""
 
     is_decoder = False
-    _architectures = ("encoder", "encoder-decoder")
     _can_record_outputs = {
         "hidden_states": UrformLayer,
         "attentions": OutputRecorder(UrformAttention, index=1, layer_name="self_attn"),
@@ -348,7 +348,6 @@ class UrformDecoder(UrformStack):
     """Causal stack; with an encoder it reads the encoder's states through cross-attention."""
 
     is_decoder = True
-    _architectures = ("decoder", "encoder-decoder")
     _can_record_outputs = {
         "hidden_states": UrformLayer,
         "attentions": OutputRecorder(UrformAttention, index=1, layer_name="self_attn"),

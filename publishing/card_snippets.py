@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from ..configuration.bundle_urform import HEADS
+from ..configuration.heads_urform import HEADS
 
 
 class Snippet(NamedTuple):

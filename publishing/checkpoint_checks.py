@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..configuration.bundle_stamp import bundle_files
-from ..configuration.bundle_urform import HEADS
 from ..configuration.checkpoint_files import read_json, read_weight_map, refuse_links
+from ..configuration.heads_urform import HEADS
+from .bundle_stamp import bundle_files
 from .secret_patterns import find_secret
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
-# What Trainer leaves beside a model: not part of the model, not published, and pickled for the most part.
+# What Trainer leaves in the folder of a model: not part of the model, not published, and pickled for the most part.
 _TRAINER_STATE = ("training_args.bin", "optimizer.", "scheduler.pt", "scaler.pt", "rng_state")
 _INDEX = re.compile(r"model\.safetensors\.index(?:\.([^/.]+))?\.json")
 _WEIGHTS = re.compile(r"model(?:\.([^/.]+))?\.safetensors")
@@ -124,11 +124,12 @@ def _expected(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dic
     """Return the shape of every weight of the model, its tied weights (target to source) and its config."""
     import torch
 
-    import urform
+    from ..configuration.configuration_urform import UrformConfig
+    from ..modeling import modeling_urform
 
     try:
         with torch.device("meta"):
-            model = getattr(urform, config["architectures"][0])(urform.UrformConfig.from_pretrained(folder))
+            model = getattr(modeling_urform, config["architectures"][0])(UrformConfig.from_pretrained(folder))
     except Exception as error:  # of many kinds: huggingface_hub's validation has its own
         raise ValueError(f"{folder}/config.json describes no model ({type(error).__name__}: {error}).") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -138,32 +139,8 @@ def _expected(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dic
 def _check_weights(
     folder: Path, variant: str, shards: list[str], expected: dict[str, Any], tied: dict[str, str]
 ) -> None:
-    import torch
-
-    where: dict[str, str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    shared: dict[str, Any] = {}
-    wanted = {*tied, *tied.values()}
-    for shard in shards:
-        for name, tensor in _tensors(folder / shard):
-            if name in where:
-                raise ValueError(f"{folder}: {name} is in {where[name]} and in {shard}; save the model again.")
-            where[name], shapes[name] = shard, tuple(tensor.shape)
-            # Eight-bit floats have no isfinite.
-            values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-            if not torch.isfinite(values).all():
-                count = int((~torch.isfinite(values)).sum())
-                raise ValueError(
-                    f"{folder}/{shard}: {name} has {count} values that are not finite; it is not published."
-                )
-            if name in wanted:
-                shared[name] = tensor
-    for target, source in tied.items():
-        if target in shared and source in shared and not torch.equal(shared[target], shared[source]):
-            raise ValueError(
-                f"{folder}: {target} and {source} differ, but the config ties them; save the model again, or set "
-                "tie_word_embeddings=False."
-            )
+    """Check the shards of a variant against the `expected` shapes and the `tied` weights (target to source)."""
+    where, shapes = _check_values(folder, shards, tied)
     alike = {name: {name} for name in expected}
     for target, source in tied.items():  # of tied weights, one is enough
         alike[target] = alike[source] = alike.get(target, {target}) | alike.get(source, {source})
@@ -187,6 +164,43 @@ def _check_weights(
             raise ValueError(f"{index} and the shards disagree about {_some(wrong)}; save the model again.")
 
 
+def _check_values(
+    folder: Path, shards: list[str], tied: dict[str, str]
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Check that every value is finite and tied weights are equal; return each weight's shard and shape."""
+    import torch
+
+    where: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    shared: dict[str, Any] = {}
+    wanted = {*tied, *tied.values()}
+    for shard in shards:
+        for name, tensor in _tensors(folder / shard):
+            if name in where:
+                raise ValueError(f"{folder}: {name} is in {where[name]} and in {shard}; save the model again.")
+            where[name], shapes[name] = shard, tuple(tensor.shape)
+            _check_finite(tensor, name, folder / shard)
+            if name in wanted:
+                shared[name] = tensor
+    for target, source in tied.items():
+        if target in shared and source in shared and not torch.equal(shared[target], shared[source]):
+            raise ValueError(
+                f"{folder}: {target} and {source} differ, but the config ties them; save the model again, or set "
+                "tie_word_embeddings=False."
+            )
+    return where, shapes
+
+
+def _check_finite(tensor: Any, name: str, path: Path) -> None:
+    import torch
+
+    # Eight-bit floats have no isfinite.
+    values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    finite = torch.isfinite(values)
+    if not finite.all():
+        raise ValueError(f"{path}: {name} has {int((~finite).sum())} values that are not finite; it is not published.")
+
+
 def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
@@ -199,43 +213,53 @@ def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _check_ids(folder: Path, parsed: Any) -> None:
-    """Refuse a tokenizer or generation settings that name tokens which the model has not."""
-    config, vocab_size = read_json(folder / "config.json"), parsed.vocab_size
-    ids: dict[str, Any] = {f"config.{k}": v for k, v in config.items() if k.endswith("_token_id")}
-    if (folder / "generation_config.json").is_file():
-        generation = read_json(folder / "generation_config.json")
-        ids |= {f"generation_config.{k}": v for k, v in generation.items() if k.endswith("_token_id")}
+    """Refuse a tokenizer or generation settings with tokens that the model does not have."""
     if has_tokenizer(folder):
-        from transformers import AutoTokenizer
+        _check_tokenizer(folder, parsed)
+    for file in ("config", "generation_config"):
+        if not (folder / f"{file}.json").is_file():
+            continue
+        for name, value in read_json(folder / f"{file}.json").items():
+            if name.endswith("_token_id"):
+                for one in value if isinstance(value, list) else [value]:
+                    _check_id(folder, f"{file}.{name}", value, one, parsed.vocab_size)
 
-        import urform  # noqa: F401  (makes UrformTokenizer known)
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # of many kinds: tokenizers raises Exception itself
-            raise ValueError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
-        largest, token = max((id, token) for token, id in tokenizer.get_vocab().items())
-        if largest >= vocab_size:
+def _check_id(folder: Path, name: str, value: Any, one: Any, vocab_size: int) -> None:
+    """Check `one` id of the field `name`, whose `value` may be a list of several."""
+    if one is None:
+        return
+    if not isinstance(one, int):
+        raise ValueError(f"{folder}: {name}={_short(value)} is no token id; save the checkpoint again.")
+    if not 0 <= one < vocab_size:
+        raise ValueError(f"{folder}: {name}={one} is outside of the vocabulary of {vocab_size} tokens.")
+
+
+def _check_tokenizer(folder: Path, parsed: Any) -> None:
+    """Refuse a tokenizer with more tokens than the model, or with other special tokens."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of many kinds: tokenizers raises Exception itself
+        raise ValueError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
+    largest, token = max((id, token) for token, id in tokenizer.get_vocab().items())
+    if largest >= parsed.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens ({token!r} is number {largest}) and the model "
+            f"vocab_size={parsed.vocab_size}; publish the tokenizer that it was trained with, or "
+            "resize_token_embeddings."
+        )
+    for role in ("pad_token_id", "eos_token_id"):
+        theirs, ours = getattr(tokenizer, role), getattr(parsed, role)
+        if theirs is not None and ours is not None and theirs not in (ours if isinstance(ours, list) else [ours]):
             raise ValueError(
-                f"{folder}: the tokenizer has {len(tokenizer)} tokens ({token!r} is number {largest}) and the model "
-                f"vocab_size={vocab_size}; publish the tokenizer that it was trained with, or resize_token_embeddings."
+                f"{folder}: {role} is {theirs} in the tokenizer and {ours} in config.json; make them the same."
             )
-        for role in ("pad_token_id", "eos_token_id"):
-            theirs, ours = getattr(tokenizer, role), getattr(parsed, role)
-            if theirs is not None and ours is not None and theirs not in (ours if isinstance(ours, list) else [ours]):
-                raise ValueError(
-                    f"{folder}: {role} is {theirs} in the tokenizer and {ours} in config.json; make them the same."
-                )
-    for name, value in ids.items():
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None and not isinstance(one, int):
-                raise ValueError(f"{folder}: {name}={_short(value)} is no token id; save the checkpoint again.")
-            if one is not None and not 0 <= one < vocab_size:
-                raise ValueError(f"{folder}: {name}={one} is outside of the vocabulary of {vocab_size} tokens.")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer beside the model."""
+    """Return whether a folder holds a tokenizer."""
     return (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
 
 

@@ -65,7 +65,7 @@ def need_source(
             f"no such folder: {name}, and no repository of that name on the Hub that you may read (private ones need "
             "`hf auth login`)"
         ) from error
-    except Exception as error:  # of whichever library huggingface_hub uses for HTTP
+    except Exception as error:  # of the library that huggingface_hub uses for HTTP
         raise NoSuchSourceError(
             f"no such folder: {name}, and the Hub cannot be asked for a repository of that name "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'})"

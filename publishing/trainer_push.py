@@ -1,35 +1,40 @@
-"""Makes what a Trainer pushes load for everybody: transformers' own Trainer, once urform has been imported.
+"""Makes what a Trainer pushes load for everybody: transformers' own Trainer, where the model is one of ours.
 
-A Trainer saves the model as it always does and uploads its output folder, so `PublishCallback`, which `import urform`
-puts among Trainer's default callbacks, tells model and tokenizer that their saves are published. A push after a
-checkpoint copies weights and configs out of the checkpoint's folder, which has the code and the stamp already, but not
-these; the callback does. It does nothing where nothing is pushed and with other models.
+Nothing of transformers is changed for that. A Trainer asks the model that it takes whether it `accepts_loss_kwargs`,
+and calls its `save_pretrained`. At both moments `meet_trainer` looks which Trainer is calling, and
+
+- keeps `hub_token`, and every other `_token` of TrainingArguments, out of `training_args.bin`, which Trainer pickles
+  and pushes;
+- keeps `config.use_cache` as it was: Trainer turns it off, and would save that;
+- if the Trainer pushes, has the model and the tokenizer write the bundle with every save, and gives the Trainer
+  `PublishCallback`. A push after a checkpoint copies weights and configs out of the checkpoint's folder, which has the
+  code and the stamp already, but it does not copy these two; the callback does.
 
 `UrformTrainer` uploads what `published_files` lists (`push_output`, `push_checkpoint`), not what lies in the folder.
-
-It also keeps `hub_token`, and every other `_token` of TrainingArguments, out of `training_args.bin`, which Trainer
-pickles and pushes, and `config.use_cache` as it was: Trainer turns it off, and would save that.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import Trainer
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import TrainingArguments
 from transformers.utils import PushInProgress, hf_api
 
-from ..configuration.bundle_stamp import STAMP_NAME, read_stamp
-from ..configuration.bundle_urform import BundledCodeMixin, publish_with, write_code
+from ..configuration.bundle_urform import BundledCodeMixin, publish_with
+from .bundle_code import write_code
+from .bundle_stamp import STAMP_NAME, read_stamp
 from .card_pictures import ALIGNMENT_NAME, CURVE_NAME
 from .checkpoint_checks import refuse_secrets
 from .secret_fields import hide_tokens
 
-# What belongs to a run, beside the files of its stamp: weights, configs, tokenizers and what Trainer logs.
+# What belongs to a run, besides the files of its stamp: weights, configs, tokenizers and what Trainer logs.
 _PUBLISHED = re.compile(
     r"(?:adapter_)?model[\w.-]*\.safetensors(?:\.index(?:\.\w+)?\.json)?"
     r"|(?:config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
@@ -107,43 +112,57 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
         running.jobs.extend(jobs)
 
 
-def _is_ours(model: Any) -> bool:
-    return isinstance(model, BundledCodeMixin) and model._is_ours()
+# ------------------------------------------------------------------------------------ transformers' own Trainer
+
+
+def meet_trainer(model: Any) -> None:
+    """Prepare the Trainer that is using `model` right now, if one does; see the module's text."""
+    trainer = _calling_trainer()
+    if trainer is None:
+        return
+    hide_tokens(trainer.args)
+    if not hasattr(trainer, "callback_handler"):  # it is being made, and will turn the cache off
+        vars(model).setdefault("_use_cache_of_user", model.config.use_cache)
+    elif model is trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False):
+        if (use_cache := vars(model).pop("_use_cache_of_user", None)) is not None:
+            model.config.use_cache = use_cache or trainer.args.use_cache
+        if trainer.args.push_to_hub or trainer.hub_model_id is not None:
+            _publish_with(trainer, model)
+
+
+def _calling_trainer() -> Trainer | None:
+    """Return the innermost Trainer of which a method is being executed.
+
+    Trainer tells no model by whom it is used, so this is read from the call stack.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and hasattr(owner, "args"):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def _publish_with(trainer: Trainer, model: Any) -> None:
+    """Let every later save of a Trainer's model and tokenizer write the bundle, as if it were being pushed."""
+    publish_with(model)
+    publish_with(trainer.processing_class)
+    if not any(isinstance(callback, PublishCallback) for callback in trainer.callback_handler.callbacks):
+        trainer.add_callback(PublishCallback)
 
 
 class PublishCallback(TrainerCallback):
-    """See the module's text."""
-
-    _use_cache: bool | None = None
-
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Hide the token; have everything saved with its code if it is going to be pushed."""
-        if _is_ours(kwargs.get("model")):
-            self._use_cache = kwargs["model"].config.use_cache
-        hide_tokens(args)
-        if args.push_to_hub:
-            self._publish(**kwargs)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Give the config back what Trainer has turned off: with labels our models make no cache."""
-        if self._use_cache is not None and _is_ours(kwargs.get("model")):
-            kwargs["model"].config.use_cache = self._use_cache or args.use_cache
+    """Puts the code next to what a Trainer with one of our models is about to upload."""
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the code beside what is about to be uploaded."""
-        self._publish(**kwargs)
-        if not state.is_world_process_zero or not _is_ours(kwargs.get("model")):
+        """Write the code into the output folder, and the stamp of the checkpoint that is being copied there."""
+        model = kwargs.get("model")
+        if not state.is_world_process_zero or not isinstance(model, BundledCodeMixin) or not model._is_ours():
             return
         write_code(args.output_dir)
         stamp = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", STAMP_NAME)
         if stamp.is_file():
             shutil.copyfile(stamp, Path(args.output_dir, STAMP_NAME))
-
-    @staticmethod
-    def _publish(model: Any = None, processing_class: Any = None, **others: Any) -> None:
-        publish_with(model)
-        publish_with(processing_class)

@@ -17,11 +17,11 @@ from ..configuration.checkpoint_files import read_json, refuse_link
 
 ARGUMENTS_NAME = "training_args.json"
 # What a reader needs to repeat a run; the rest of the 120 arguments says where and how often things were written.
-TOLD = (
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
-    "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "seed", "data_seed",
-)  # fmt: skip
+TOLD = tuple(
+    "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
+    "lr_scheduler_type warmup_steps optim adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm "
+    "label_smoothing_factor bf16 fp16 seed data_seed".split()
+)
 
 _NUMBER = (int, float)
 
@@ -165,21 +165,25 @@ def _read_state(record: TrainingRecord, state: dict[str, Any], path: Path = Path
     record.history = [entry for entry in state.get("log_history") or [] if isinstance(entry, dict)]
     record.steps, record.epochs = state.get("global_step"), state.get("epoch")
     record.flops = state.get("total_flos") or None
-    skipped = ("runtime", "per_second", "steps", "epoch", "mem_")
     for entry in record.history:
         _check(path, entry, {"step": int, **dict.fromkeys(("loss", "eval_loss", "train_runtime"), _NUMBER)}, "log: ")
         record.seconds = entry.get("train_runtime", record.seconds)
-        found = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
-        found = {
-            key: float(value)
-            for key, value in found.items()
-            if isinstance(value, (int, float)) and not any(part in key for part in skipped)
-        }
-        record.results = found or record.results
+        record.results = _evaluation(entry) or record.results
     if state.get("best_metric") is not None:
         value, step = state["best_metric"], state.get("best_global_step")
         names = [k for e in record.history for k, v in e.items() if k.startswith("eval_") and v == value]
         record.best = (names[0].removeprefix("eval_") if names else "best metric", float(value), step)
+
+
+def _evaluation(entry: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics of an entry of Trainer's log, without the prefix; those that are about time are left out."""
+    skipped = ("runtime", "per_second", "steps", "epoch", "mem_")
+    found = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+    return {
+        key: float(value)
+        for key, value in found.items()
+        if isinstance(value, (int, float)) and not any(part in key for part in skipped)
+    }
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -12,18 +12,21 @@ offline, and three processes are started that know no token and no setting of th
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..configuration.bundle_urform import auto_map
 from ..configuration.checkpoint_files import read_json, refuse_links
+from ..configuration.heads_urform import auto_map
 from .card_snippets import auto_class
 from .checkpoint_checks import has_tokenizer
 from .model_card import MARK
@@ -86,27 +89,36 @@ def verify_bundle(
     Raises:
         ValueError: with the process's error, when something does not load, does not run, or differs.
     """
-    import tempfile
+    with contextlib.ExitStack() as stack:
+        home = Path(scratch if scratch is not None else stack.enter_context(tempfile.TemporaryDirectory()))
+        bundle = Path(directory).resolve()
+        refuse_links(bundle, everything=True)
+        codes = list(card_snippets(bundle))
+        outputs = _run_bundle(bundle, repo_id or _name_in(codes), home, codes)
+        _compare(outputs)
+    say("loads without urform, outputs equal" if len(outputs) > 1 else "loads with the installed urform")
+    if codes:
+        say(f"{len(codes)} snippets of the card ran")
 
-    if scratch is None:
-        with tempfile.TemporaryDirectory() as made:
-            return verify_bundle(directory, repo_id, made, say)
-    import json
 
-    bundle, home = Path(directory).resolve(), Path(scratch)
-    refuse_links(bundle, everything=True)
+def _name_in(codes: list[str]) -> str:
+    """Return the repository that the snippets of a card load."""
+    named = re.search(r'from_pretrained\("([^"]+)"', "".join(codes))
+    return named[1] if named else "local/bundle"
+
+
+def _run_bundle(bundle: Path, repo_id: str, home: Path, codes: list[str]) -> list[Path]:
+    """Load and run a bundle in clean processes, side by side unless it is large; return the files of their outputs.
+
+    Raises:
+        ValueError: a process failed; with what it wrote.
+    """
     config = read_json(bundle / "config.json")
-    if repo_id is None:
-        named = re.search(r'from_pretrained\("([^"]+)"', "".join(card_snippets(bundle)))
-        repo_id = named[1] if named else "local/bundle"
     cache_as_downloaded(bundle, repo_id, home / "hub")
     packages = link_packages(home / "packages")
-    has_code = (bundle / "modeling_urform.py").is_file()
-    auto = auto_class(config)
-    heads = [
-        name for name in auto_map(config.get("architecture", "encoder-decoder")) if name not in (auto, "AutoConfig")
-    ]
-    codes = list(card_snippets(bundle))
+    auto, has_code = auto_class(config), (bundle / "modeling_urform.py").is_file()
+    served = auto_map(config.get("architecture", "encoder-decoder"))
+    heads = [name for name in served if name not in (auto, "AutoConfig")]
     large = sum(path.stat().st_size for path in bundle.glob("*.safetensors")) > _ONE_BY_ONE
     runs: dict[str, tuple[Path, subprocess.Popen[str]]] = {}
     ended: dict[str, tuple[str, int]] = {}
@@ -118,14 +130,15 @@ def verify_bundle(
         if large:
             ended[kind] = _end(runs[kind][1])
     ended |= {kind: _end(process) for kind, (_, process) in runs.items() if kind not in ended}
+    _check_ended(ended)
+    return [out for out, _ in runs.values()]
+
+
+def _check_ended(ended: dict[str, tuple[str, int]]) -> None:
     for kind, (output, status) in ended.items():
         if status:
             where = "without urform" if kind == "bare" else "with the installed urform"
             raise ValueError(f"The bundle does not load and run {where}:\n{output.strip()}")
-    _compare([out for out, _ in runs.values()])
-    say("loads without urform, outputs equal" if has_code else "loads with the installed urform")
-    if codes:
-        say(f"{len(codes)} snippets of the card ran")
 
 
 def card_snippets(bundle: Path) -> Iterator[str]:

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..configuration.bundle_stamp import STAMP_NAME, read_stamp, write_stamp
 from ..configuration.checkpoint_files import read_weight_map
+from ..publishing.bundle_stamp import STAMP_NAME, read_stamp, write_stamp
 from .checkpointing import newest_complete
 
 __all__ = ["average_checkpoints", "last_checkpoints"]

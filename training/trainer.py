@@ -47,6 +47,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling.modeling_urform import UrformLanguageModel, UrformPreTrainedModel, decoder_inputs, real_targets
 from ..publishing.model_card import is_placeholder, make_card, update_card
+from ..publishing.secret_fields import hide_tokens
 from ..publishing.trainer_push import push_checkpoint, push_output
 from ..publishing.training_record import record_of, write_arguments
 from .batching import GlobalBatchSampler
@@ -257,6 +258,7 @@ class UrformTrainer(Seq2SeqTrainer):
         self._has_shards: bool | None = None
         self._watch = UpdateWatch()
         super().__init__(**kwargs)
+        hide_tokens(args)
         self.add_callback(_RestoreLossCallback(self))
         self._model_smooths = False
         if args.label_smoothing_factor and self.compute_loss_func is None:

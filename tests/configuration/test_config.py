@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 import urform
 from urform import UrformConfig, UrformForConditionalGeneration, UrformModel, list_presets
+from urform.configuration.heads_urform import architectures_of
 
 
 @pytest.mark.parametrize("name", list_presets())
@@ -147,13 +148,33 @@ def test_heads_refuse_what_they_cannot_serve(head: str, architecture: str) -> No
     """The error names the head, the config's architecture and the ones that can."""
     cls = getattr(urform, head)
     config = UrformConfig.from_preset(f"tiny-{architecture}")
-    if architecture in cls._architectures:
+    if architecture in architectures_of(cls):
         cls(config)
         return
     with pytest.raises(ValueError) as caught:
         cls(config)
-    for part in (head, repr(architecture), *map(repr, cls._architectures)):
+    for part in (head, repr(architecture), *map(repr, architectures_of(cls))):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "served"),
+    [("UrformEncoder", ["encoder", "encoder-decoder"]), ("UrformDecoder", ["decoder", "encoder-decoder"])],
+)
+def test_stacks_refuse_what_they_cannot_serve(name: str, served: list[str]) -> None:
+    """They have no Auto class; the rule of a class holds for what derives from it."""
+    from urform.modeling import stack_urform
+
+    derived = type("Mine", (getattr(stack_urform, name),), {})
+    for architecture in ("encoder", "decoder", "encoder-decoder"):
+        config = UrformConfig.from_preset(f"tiny-{architecture}")
+        if architecture in served:
+            derived(config)
+        else:
+            with pytest.raises(ValueError, match=f"Mine serves architecture.*{architecture}"):
+                derived(config)
+    with pytest.raises(ValueError, match="derives from none"):
+        architectures_of(int)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import urform
 from urform import UrformConfig
-from urform.configuration.bundle_urform import HEADS
+from urform.configuration.heads_urform import HEADS
 
 CASES = [
     (auto, head, architecture)

@@ -13,7 +13,8 @@ from numerics import assert_within, twice
 import urform
 from urform import hub_upload
 from urform.configuration import bundle_urform
-from urform.configuration.bundle_urform import ENTRIES, FOLDERS, HEADS, auto_map, flatten_package
+from urform.configuration.heads_urform import HEADS, auto_map
+from urform.publishing.bundle_code import ENTRIES, FOLDERS, flatten_package
 
 ROOT = Path(urform.__file__).resolve().parent
 TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -15,7 +15,7 @@ from numerics import assert_within, exact
 
 import urform
 from urform import hub_upload
-from urform.configuration.bundle_urform import HEADS
+from urform.configuration.heads_urform import HEADS
 from urform.dependencies import HOW_TO_INSTALL
 from urform.publishing import card_pictures, model_card, training_record
 from urform.publishing.card_snippets import snippets

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import urform
 from urform import hub_upload
-from urform.configuration import bundle_stamp
+from urform.configuration import version_urform
 from urform.diagnostics.bundle import check_bundle, installed_code_hash
-from urform.publishing import training_record
+from urform.publishing import bundle_stamp, training_record
 from urform.publishing.checkpoint_checks import check_checkpoint
 
 TINY = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -284,23 +284,23 @@ def test_parts_stamped_one_after_the_other_add_up(bundle: Path, tmp_path: Path):
     ],
 )
 def test_version_warnings(stamp: object, says: list[str]):
-    lines = list(bundle_stamp.version_warnings(stamp, "0.1.0"))
+    lines = list(version_urform.version_warnings(stamp, "0.1.0"))
     assert len(lines) == len(says) and all(part in line for part, line in zip(says, lines, strict=True)), lines
 
 
 def test_libraries_that_are_too_old_are_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bundle_stamp, "version", lambda name: {"transformers": "4.57.1"}.get(name, "99"))
+    monkeypatch.setattr(version_urform, "version", lambda name: {"transformers": "4.57.1"}.get(name, "99"))
     with pytest.raises(ImportError, match=r"transformers>=5\.17, and 4\.57\.1 is installed: pip install -U"):
-        bundle_stamp.need_libraries()
-    monkeypatch.setattr(bundle_stamp, "version", lambda name: "99.0.dev0+cpu")
-    bundle_stamp.need_libraries()
+        version_urform.need_libraries()
+    monkeypatch.setattr(version_urform, "version", lambda name: "99.0.dev0+cpu")
+    version_urform.need_libraries()
 
 
 def test_needs_are_those_of_the_package():
     import re
 
     text = (Path(urform.__file__).parent / "pyproject.toml").read_text()
-    for name, least in bundle_stamp.NEEDS.items():
+    for name, least in version_urform.NEEDS.items():
         assert re.search(rf'^\s*"{name}>={re.escape(least)}",$', text, re.MULTILINE), name
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from urform.configuration.bundle_urform import HEADS
+from urform.configuration.heads_urform import HEADS
 from urform.publishing.verification import link_packages
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -68,10 +68,11 @@ def test_versions_that_do_not_go_together_are_named(world: SimpleNamespace):
     world.push(
         PUBLISH.format(name="UrformForMaskedLM", architecture="encoder", repo="me/newer")
         + """
-urform.__version__ = "99.1"
+from urform.configuration import version_urform
+version_urform.VERSION = "99.1"
 model = urform.UrformForMaskedLM.from_pretrained("ck")
 model.push_to_hub("me/newer")
-urform.__version__ = "0.0.9"
+version_urform.VERSION = "0.0.9"
 model.push_to_hub("me/older")
 """
     ).ok()

@@ -73,6 +73,61 @@ def test_trainer_pushes_what_loads_without_urform(world: SimpleNamespace, traine
         assert last_line(world.bare.run(inside).ok())[1] == out
 
 
+WAYS = """
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+tok = tokenizer()
+rows = [dict(tok("1 2 3")) for _ in range(4)]
+def trainer(folder, **given):
+    arguments = TrainingArguments(folder, hub_model_id={repo!r}, hub_token={token!r}, max_steps=1, report_to="none",
+                                  per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, save_strategy="no",
+                                  push_to_hub=given.pop("push_to_hub", False))
+    return Trainer(args=arguments, train_dataset=rows, processing_class=tok,
+                   data_collator=DataCollatorForLanguageModeling(tok, mlm=False), **given)
+way = {way!r}
+if way == "a push at the end alone":
+    made = trainer("out", model=make())
+    made.train()
+    made.push_to_hub()
+elif way == "a model that train() makes":
+    made = trainer("out", model_init=lambda trial=None: make(), push_to_hub=True)
+    made.train()
+    made.push_to_hub()
+elif way == "an adapter":
+    import peft
+    made = trainer("out", model=peft.get_peft_model(make(), peft.LoraConfig()), push_to_hub=True)
+    made.save_model()
+    from pathlib import Path
+    assert {token!r}.encode() not in Path("out", "training_args.bin").read_bytes()
+else:
+    model = make()
+    made = trainer("out", model=model)
+    made.train()
+    assert not model.config.use_cache  # Trainer's own doing
+    made.save_model()
+    assert sorted(os.listdir("out")) == ["config.json", "generation_config.json", "model.safetensors",
+                                         "tokenizer.json", "tokenizer_config.json", "training_args.bin"]
+    assert transformers.AutoConfig.from_pretrained("out").use_cache and "_is_published" not in vars(model)
+    copy = __import__("copy").deepcopy(model)
+    torch.save(copy, "whole.pt")
+"""
+
+
+@pytest.mark.parametrize(
+    "way", ["a push at the end alone", "a model that train() makes", "an adapter", "nothing is pushed"]
+)
+def test_ways_to_meet_a_trainer(world: SimpleNamespace, way: str):
+    """Transformers' Trainer as it is: what is pushed has its code, what is not has none, and no token is pickled."""
+    if way == "an adapter":
+        pytest.importorskip("peft")
+    repo = f"me/way-{len(way)}"
+    world.push(WAYS.format(repo=repo, token=TOKEN, way=way), token="").ok()
+    if way.startswith("a "):
+        assert {"modeling_urform.py", "requirements.txt", "urform_bundle.json"} <= world.hub.paths(repo)
+        assert json.loads(world.hub.read(repo, "config.json")).get("use_cache", True)
+        report = world.plugin.run(f"import urform\nprint(urform.check_bundle({repo!r}).ok)").ok()
+        assert report.strip().endswith("True")
+
+
 RECIPE = """
 from pathlib import Path
 from urform.training.run import train

@@ -1,52 +1,35 @@
-# Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
 """The stamp of a published checkpoint: which Urform wrote it, and the sha256 of every file that its outputs depend on.
 
-- `write_stamp` writes it as `urform_bundle.json`; `bundle_faults` says what has changed since (`urform doctor bundle`).
-- `config.json` of a published checkpoint says in one key by which Urform it was published; `unstamped` takes the key
-  out when the config is read, and warns if an installed Urform is older than that, or the format another.
-- `need_libraries` refuses transformers and torch that are too old for the flat copy, before an import fails obscurely.
+`write_stamp` writes it as `urform_bundle.json`. `bundle_faults` says what has changed since (`urform doctor bundle`).
+What is read of it wherever a model is loaded stands in `configuration/version_urform.py`.
 
-The stamp finds files that were damaged, truncated or changed by hand. It is no signature: who rewrites a repository can
-rewrite its stamp. Model cards and pictures are not part of it; they may be edited on the Hub.
+The stamp finds files that were damaged, truncated or changed by hand. It is no signature: anyone with write access can
+regenerate it. Model cards and pictures are not part of it; they may be edited on the Hub.
 """
+
+from __future__ import annotations
 
 import functools
 import hashlib
 import json
 import os
 import re
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
 
+from ..configuration.version_urform import FORMAT, NEEDS
+
 STAMP_NAME = "urform_bundle.json"
-CONFIG_KEY = "urform_bundle"
-FORMAT = 1
-NEEDS = {"torch": "2.11", "transformers": "5.17", "safetensors": "0.6"}
 
 _PART = re.compile(
     r"[^/]+\.(?:py|safetensors|jinja|model)|requirements\.txt"  # code, weights, templates, SentencePiece
     r"|(?:config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|[^/]+\.safetensors\.index(?:\.[^/.]+)?\.json|(?:merges|vocab)\.txt|additional_chat_templates/[^/]+\.jinja"
 )
-
-
-def need_libraries() -> None:
-    """Raise an ImportError that names what is too old here for Urform's code."""
-    for name, least in NEEDS.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            continue  # the import itself will say so
-        if Version(found).release < Version(least).release:
-            raise ImportError(
-                f"this checkpoint's code needs {name}>={least}, and {found} is installed: "
-                f"pip install -U '{name}>={least}'"
-            )
 
 
 def bundle_files(directory: str | os.PathLike[str]) -> list[str]:
@@ -125,44 +108,6 @@ def bundle_faults(directory: str | os.PathLike[str], stamp: Mapping[str, Any]) -
             faults.append(f"{name}: changed: another sha256 than when it was published")
     faults += [f"{name}: not in the stamp: added afterwards" for name in bundle_files(root) if name not in listed]
     return faults
-
-
-def config_stamp(urform_version: str) -> dict[str, Any]:
-    """Return what `config.json` says about the bundle."""
-    return {"format": FORMAT, "urform": urform_version}
-
-
-def unstamped(config_dict: dict[str, Any], installed: str | None) -> dict[str, Any]:
-    """Return a config's dict without the stamp; warn if it and the `installed` version (None: flat copy) differ so
-    that the one may not know what the other wrote.
-    """
-    if CONFIG_KEY not in config_dict:
-        return config_dict
-    stamp = config_dict[CONFIG_KEY]
-    if installed is not None:
-        for line in version_warnings(stamp, installed):
-            warnings.warn(line, UserWarning, stacklevel=4)
-    return {key: value for key, value in config_dict.items() if key != CONFIG_KEY}
-
-
-def version_warnings(stamp: Any, installed: str) -> Iterable[str]:
-    """Yield a line for each way in which a bundle's stamp and the installed version do not go together."""
-    try:
-        published, layout = Version(stamp["urform"]), int(stamp["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        yield f"the checkpoint's stamp {stamp!r} cannot be read ({error}); it may have been published by another Urform"
-        return
-    if published > Version(installed):
-        yield (
-            f"this checkpoint was published with urform {published} and urform {installed} is installed, whose code is "
-            "used: what is newer than it is not computed. Update urform, or load the checkpoint with its own code in a "
-            "process that does not import urform (trust_remote_code=True)"
-        )
-    if layout != FORMAT:
-        yield (
-            f"this checkpoint is a bundle of format {layout} (urform {published}) and urform {installed} writes format "
-            f"{FORMAT}: " + ("publish it again" if layout < FORMAT else "update urform")
-        )
 
 
 def _listed(stamp: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
