@@ -13,11 +13,10 @@ import importlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from .configuration.version_urform import VERSION as __version__
-
 if TYPE_CHECKING:
     from . import hub_upload as hub_upload
     from .configuration.configuration_urform import UrformConfig, list_presets
+    from .configuration.version_urform import VERSION as __version__
     from .conversion.convert import from_transformers, to_transformers
     from .conversion.torch_transformer import from_torch_transformer
     from .diagnostics.bundle import check_bundle
@@ -72,6 +71,7 @@ __all__ = [
 
 _HOME = {
     "configuration.configuration_urform": ("UrformConfig", "list_presets"),
+    "configuration.version_urform": ("__version__",),
     "conversion.convert": ("from_transformers", "to_transformers"),
     "conversion.torch_transformer": ("from_torch_transformer",),
     "diagnostics.bundle": ("check_bundle",),
@@ -84,6 +84,7 @@ _HOME = {
     "modeling.modeling_urform": tuple(n for n in __all__ if re.fullmatch(r"Urform(For\w+|\w*Model)", n)),
     "tokenization.tokenization_urform": ("UrformTokenizer",),
 }
+_NAMED_THERE = {"__version__": "VERSION"}
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 
@@ -93,7 +94,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.hub_upload")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), _NAMED_THERE.get(name, name))
     globals()[name] = value
     return value
 

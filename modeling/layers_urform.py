@@ -165,7 +165,7 @@ class UrformRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Compute what `rotate` takes from integer positions `[B, L]`: two of `[B, 1, L, R]` in the dtype of `x`.
+        """Compute cosines and sines `[B, L, R]` of integer positions `[B, L]`, in the dtype of `x`.
 
         `lengths` `[B, L]` are those of each token's sequence, on which frequencies may depend; None: a row is one.
         """
@@ -175,12 +175,12 @@ class UrformRotaryEmbedding(nn.Module):
             rows = (position_ids.amax(-1, keepdim=True) + 1).expand_as(position_ids)
             frequencies = self._of_length(rows if lengths is None else lengths)
         angle = position_ids[..., None].to(wide) * frequencies.to(x.device, wide)
-        cos, sin = ((wave * self.attention_scaling).to(x.dtype) for wave in (angle.cos(), angle.sin()))
-        return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
+        angle = torch.cat((angle, angle), dim=-1)
+        return (angle.cos() * self.attention_scaling).to(x.dtype), (angle.sin() * self.attention_scaling).to(x.dtype)
 
 
 def rotate(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + R / 2) of the first R features by a rotary embedding's cosines and signed sines."""
+    """Rotate pairs (i, i + R / 2) of the first R features; the sines of the first half are negative."""
     size = cos.shape[-1]
     if size < x_BHLD.shape[-1]:
         return torch.cat((rotate(x_BHLD[..., :size], cos, sin), x_BHLD[..., size:]), dim=-1)

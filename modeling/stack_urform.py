@@ -263,7 +263,10 @@ class UrformStack(UrformPreTrainedModel):
             positions = route.enter(sequences.positions)
             if any(module.depends_on_length for module in self.rotary_emb.values()):
                 lengths = self.rope_lengths(positions, sequences, route)
-            cos_sin = {kind: rotary(hidden, positions, lengths) for kind, rotary in self.rotary_emb.items()}
+            for kind, rotary in self.rotary_emb.items():
+                cos, sin = rotary(hidden, positions, lengths)
+                low, high = sin.chunk(2, dim=-1)
+                cos_sin[kind] = (cos[:, None], torch.cat((-low, high), dim=-1)[:, None])
         return {kind: Plan(own[kind], cross, cos_sin.get(kind)) for kind in kinds}
 
     def rope_lengths(self, positions: Tensor, sequences: Sequences, route: Route) -> Tensor:
