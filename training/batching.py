@@ -21,11 +21,13 @@ Two measures of size:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["GlobalBatchSampler", "padding_share"]
+__all__ = ["GlobalBatchSampler", "SetEpochCallback", "padding_share"]
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -127,7 +129,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return np.concatenate(parts)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next pass."""
+        """Choose the order of the next pass."""
         self.epoch = epoch
 
     @property
@@ -152,8 +154,21 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 yield part.tolist()
 
 
+class SetEpochCallback(TrainerCallback):
+    """Sets the sampler's epoch, also inside the wrappers that accelerate puts around it when resuming."""
+
+    def __init__(self, sampler: GlobalBatchSampler, accumulation: int) -> None:
+        self.sampler = sampler
+        self.updates_per_epoch = -(-sampler.num_global_batches // accumulation)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sampler.set_epoch(state.global_step // self.updates_per_epoch)
+
+
 def padding_share(sampler: GlobalBatchSampler) -> float:
-    """Share of padding among all the positions that the sampler's current epoch computes."""
+    """Return the share of padding among all the positions that the sampler's current epoch computes."""
     positions = used = 0
     for batch in sampler:
         lengths = sampler._lengths[batch]
