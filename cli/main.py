@@ -200,8 +200,8 @@ def train(
         changes = [*(overrides or ()), *(["training.disable_tqdm=true"] if quiet else [])]
         read_recipe(recipe, changes, output_dir=output_dir)  # its faults are told before torch is imported
         _set_up_logging(quiet)
+        from ..training.interruption import TrainingInterruptedError
         from ..training.run import train as run_train
-        from ..training.trainer import TrainingInterruptedError
 
         try:
             with redirect_stdout(sys.stderr):  # Trainer prints its log
@@ -280,7 +280,7 @@ def evaluate(
         _need_files(source, target)
         _set_up_logging(quiet)
         from ..training.data_files import read_parallel, read_records
-        from ..training.run import evaluate as run_evaluate
+        from ..training.evaluation import evaluate as run_evaluate
 
         pairs: list[Any]
         if target is None:
@@ -327,7 +327,7 @@ def predict(
         _need_files(file)
         _set_up_logging(quiet)
         from ..training.data_files import decode_lines, open_sources
-        from ..training.run import predict as run_predict
+        from ..training.translation import predict as run_predict
 
         if reconfigure := getattr(sys.stdout, "reconfigure", None):
             reconfigure(encoding="utf-8")

@@ -17,9 +17,11 @@ from transformers import set_seed
 from ..dependencies import missing_dependency
 from .data_files import open_lines
 from .metrics import TranslationScores, score_translations
+from .model_building import build_model, train_tokenizer
 from .recipe import Recipe, load_recipe
-from .run import build_model, train, train_tokenizer, translate
+from .run import train
 from .tasks import Labels, read_split
+from .translation import translate
 
 __all__ = ["DEFAULT_SENTENCES", "DemoResult", "demo"]
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import transformers
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -31,6 +30,7 @@ __all__ = [
     "AUTO_CLASSES",
     "Labels",
     "build_dataset",
+    "class_names",
     "data_collator",
     "has_split",
     "place_of",
@@ -181,6 +181,15 @@ def _words_and_tags(example: tuple[Any, ...]) -> tuple[Any, ...]:
 _CHECKS: dict[str, Check] = {"text-classification": _text_and_label, "token-classification": _words_and_tags}
 
 
+def class_names(data: DataArguments, examples: Iterable[tuple[Any, ...]]) -> set[str]:
+    """Return the labels or tags that occur in the examples of a classification task; none for other tasks."""
+    if data.task == "text-classification":
+        return {example[1] for example in examples}
+    if data.task == "token-classification":
+        return {tag for example in examples for tag in example[1]}
+    return set()
+
+
 def build_dataset(
     data: DataArguments,
     split: Split,
@@ -275,11 +284,3 @@ def data_collator(task: str, tokenizer: PreTrainedTokenizerBase, model: PreTrain
     if task == "token-classification":
         return DataCollatorForTokenClassification(tokenizer)
     return DataCollatorWithPadding(tokenizer)
-
-
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Share of labels predicted right, for the classification tasks' `compute_metrics`."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    labels = np.asarray(prediction.label_ids)
-    counted = labels != -100
-    return {"accuracy": float((np.argmax(logits, axis=-1) == labels)[counted].mean())}
