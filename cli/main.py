@@ -200,7 +200,7 @@ def train(
         changes = [*(overrides or ()), *(["training.disable_tqdm=true"] if quiet else [])]
         read_recipe(recipe, changes, output_dir=output_dir)  # its faults are told before torch is imported
         _set_up_logging(quiet)
-        from ..training.interruption import TrainingInterruptedError
+        from ..training.run import TrainingInterruptedError
         from ..training.run import train as run_train
 
         try:

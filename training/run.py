@@ -72,6 +72,7 @@ from .translation import predict, translate
 __all__ = [
     "Evaluation",
     "TrainResult",
+    "TrainingInterruptedError",
     "build_model",
     "evaluate",
     "last_complete_checkpoint",
