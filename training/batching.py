@@ -10,7 +10,7 @@ curve of one.
 Two measures of size:
 
 * `tokens`: a budget for the padded cost of the global batch, (longest source + longest target) x examples. Examples are
-  sorted by length once and cut into pools of neighbours; inside a pool they are shuffled anew each epoch and cut into
+  sorted by length once and cut into pools of neighbours; inside a pool they are shuffled in each epoch and cut into
   batches, and the batches of all pools are shuffled. Because pools never change, every epoch has the same number of
   batches; Trainer relies on that for its arithmetic of epochs, schedules and resuming. (Sorting inside shuffled pools,
   as fairseq does, packs a little tighter, but the number of batches changes from epoch to epoch.)
@@ -60,9 +60,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     ) -> None:
         if (tokens is None) == (examples is None):
             raise ValueError(f"give exactly one of tokens and examples, got tokens={tokens}, examples={examples}")
-        for name, value in (
-            ("tokens", tokens), ("examples", examples), ("num_splits", num_splits), ("pool_batches", pool_batches)
-        ):  # fmt: skip
+        counts = {"tokens": tokens, "examples": examples, "num_splits": num_splits, "pool_batches": pool_batches}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if len(lengths) == 0:
@@ -89,7 +88,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             )
 
     def _make_pools(self, tokens: int, pool_batches: int) -> list[tuple[np.ndarray, int]]:
-        """Cuts the examples, sorted by length, into pools of neighbours; returns each with its number of batches."""
+        """Cut the examples, sorted by length, into pools of neighbours. Return each with its number of batches."""
         longest = int(self._lengths.sum(axis=1).max())
         if longest > tokens:
             raise ValueError(
@@ -141,7 +140,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return self.num_global_batches * self.num_splits
 
     def global_batches(self) -> list[np.ndarray]:
-        """The global batches of the current epoch, in order."""
+        """Return the global batches of the current epoch, in order."""
         rng = np.random.default_rng((self.seed, self.epoch))
         batches: list[np.ndarray] = []
         for members, count in self._pools:

@@ -65,7 +65,7 @@ class TranslationScores:
     examples: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the scores as a dict for JSON."""
         return asdict(self)
 
 
@@ -98,7 +98,7 @@ def check_scorers(language: str) -> None:
 def tokenized_lowercased_bleu(
     hypotheses: Sequence[str], references: Sequence[str], language: str = "en"
 ) -> tuple[float, str]:
-    """BLEU on lower-cased, tokenized text, and the tokenizer's name.
+    """Return BLEU on lower-cased, tokenized text, and the tokenizer's name.
 
     Args:
         hypotheses: Detokenized system output.
@@ -123,7 +123,7 @@ def tokenized_lowercased_bleu(
 def score_translations(
     hypotheses: Sequence[str], references: Sequence[str], language: str = "en", bleu_tokenizer: str | None = None
 ) -> TranslationScores:
-    """All the scores at once.
+    """Return all the scores.
 
     Args:
         hypotheses: System output, one per reference.

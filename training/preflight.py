@@ -200,8 +200,10 @@ def check_lengths(data: DataArguments, split: Split, dataset: EncodedDataset, li
             logger.warning(
                 "%d of %d training examples are longer than max_position_embeddings=%d, where the tokenizer's "
                 "truncation and `urform predict` end: raise model.config.max_position_embeddings",
-                over_declared, len(dataset), limits.declared,
-            )  # fmt: skip
+                over_declared,
+                len(dataset),
+                limits.declared,
+            )
 
 
 def check_generation(
@@ -307,8 +309,11 @@ def _warn_of_slow_precision(arguments: Seq2SeqTrainingArguments) -> None:
         if arguments.mixed_precision == name and (ratio := _agreed_ratio(arguments, dtype)) > 1:
             logger.warning(
                 "%s: on this device a product in it takes %.2g times as long as in float32. Set training.%s=false, or "
-                "leave it out and set run.precision=auto", name, ratio, name,
-            )  # fmt: skip
+                "leave it out and set run.precision=auto",
+                name,
+                ratio,
+                name,
+            )
 
 
 # --- duration ----------------------------------------------------------------------------------------------------
@@ -322,7 +327,7 @@ class EstimateCallback(TrainerCallback):
         self._said = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measures from the end of the first step, which costs more than the others."""
+        """Measure from the end of the first step, which costs more than the others."""
         now = time.monotonic()
         if self._start is None:
             self._start = (state.global_step, now)
@@ -332,8 +337,11 @@ class EstimateCallback(TrainerCallback):
             rate, left = (now - self._start[1]) / steps, state.max_steps - state.global_step
             logger.info(
                 "%s more steps will take about %s (%.2g s each, measured on %d); evaluating and saving not counted",
-                f"{left:,}", _duration(rate * left), rate, steps,
-            )  # fmt: skip
+                f"{left:,}",
+                _duration(rate * left),
+                rate,
+                steps,
+            )
 
 
 def _duration(seconds: float) -> str:

@@ -68,9 +68,16 @@ _LEFTOVER = re.compile(
 
 # The training examples are compared by their content, so their files may move.
 _DATA_PLACE = (
-    "data_dir", "train_source", "train_target", "train_file", "dataset_name", "dataset_config", "train_split",
-    "source_field", "target_field",
-)  # fmt: skip
+    "data_dir",
+    "train_source",
+    "train_target",
+    "train_file",
+    "dataset_name",
+    "dataset_config",
+    "train_split",
+    "source_field",
+    "target_field",
+)
 # Patterns of `section.field`.
 FREE = re.compile(
     r"run\.(?!precision).*|data\.(origin|max_line_bytes)|data\.(validation|test)_.*|data\.(source|target)_language|model\.attn_implementation"
@@ -90,7 +97,7 @@ FIXED = re.compile(
 
 @dataclass
 class RunRecord:
-    """What a run's folder says about its run beside the recipe.
+    """What a run's folder says about its run in addition to the recipe.
 
     Attributes:
         examples_sha256: Of the training examples.
@@ -196,7 +203,7 @@ def ended_at(folder: Path) -> int | None:
 
 
 def skips_newer(folder: Path, checkpoint: Path | None) -> bool:
-    """Whether a run has checkpoints newer than the newest complete one."""
+    """Return whether a run has checkpoints newer than the newest complete one."""
     found = numbered_checkpoints(folder)
     return bool(found) and found[-1][1] != checkpoint
 
