@@ -198,10 +198,10 @@ def train(
         if not recipe:
             raise ValueError(f"name a recipe: a YAML file or one of {', '.join(list_recipes())}")
         changes = [*(overrides or ()), *(["training.disable_tqdm=true"] if quiet else [])]
-        read_recipe(recipe, changes, output_dir=output_dir)  # its faults are told before torch is imported
+        read_recipe(recipe, changes, output_dir=output_dir)  # reports its faults before torch is imported
         _set_up_logging(quiet)
+        from ..training.run import TrainingInterruptedError
         from ..training.run import train as run_train
-        from ..training.trainer import TrainingInterruptedError
 
         try:
             with redirect_stdout(sys.stderr):  # Trainer prints its log
@@ -212,13 +212,24 @@ def train(
             if debug:
                 raise
             _fail(f"{interrupted}; the same command with --resume goes on", 128 + interrupted.signal_number)
-        _put(json.dumps({"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics},
-                        ensure_ascii=False, indent=1))  # fmt: skip
+        summary = {"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics}
+        _put(json.dumps(summary, ensure_ascii=False, indent=1))
 
 
 _LM_EVAL_ONLY = ("include_path", "num_fewshot", "limit")
-_PARALLEL_ONLY = ("source", "target", "source_field", "target_field", "language", "output", "prefix", "num_beams",
-                  "length_penalty", "max_new_tokens", "max_line_bytes")  # fmt: skip
+_PARALLEL_ONLY = (
+    "source",
+    "target",
+    "source_field",
+    "target_field",
+    "language",
+    "output",
+    "prefix",
+    "num_beams",
+    "length_penalty",
+    "max_new_tokens",
+    "max_line_bytes",
+)
 
 
 def _refuse_options(context: typer.Context, names: Sequence[str], lm_eval: bool) -> None:
@@ -280,7 +291,7 @@ def evaluate(
         _need_files(source, target)
         _set_up_logging(quiet)
         from ..training.data_files import read_parallel, read_records
-        from ..training.run import evaluate as run_evaluate
+        from ..training.evaluation import evaluate as run_evaluate
 
         pairs: list[Any]
         if target is None:
@@ -327,7 +338,7 @@ def predict(
         _need_files(file)
         _set_up_logging(quiet)
         from ..training.data_files import decode_lines, open_sources
-        from ..training.run import predict as run_predict
+        from ..training.translation import predict as run_predict
 
         if reconfigure := getattr(sys.stdout, "reconfigure", None):
             reconfigure(encoding="utf-8")

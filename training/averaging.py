@@ -23,22 +23,23 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration.checkpoint_files import read_weight_map
 from ..publishing.bundle_stamp import STAMP_NAME, read_stamp, write_stamp
-from .checkpointing import newest_complete
+from .checkpointing import MANIFEST_NAME, newest_complete
+from .loss_sums import LOSS_STATE_NAME
 
 __all__ = ["average_checkpoints", "last_checkpoints"]
 
 # Files of a checkpoint that belong to the model; optimizer, scheduler and random states do not outlive an average.
 _MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
-_NOT_MODEL = {"trainer_state.json", "checkpoint_manifest.json", "loss_state.json", SAFE_WEIGHTS_INDEX_NAME, STAMP_NAME}
+_NOT_MODEL = {"trainer_state.json", MANIFEST_NAME, LOSS_STATE_NAME, STAMP_NAME}
 
 
 def last_checkpoints(output_dir: str | Path, count: int) -> list[Path]:
-    """The newest complete checkpoints of a run, oldest first: `count` of them, or all where there are fewer."""
+    """Return the newest complete checkpoints of a run, oldest first: `count` of them, or all where there are fewer."""
     return list(itertools.islice(newest_complete(output_dir), count))[::-1]
 
 
 def _weight_files(checkpoint: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
+    """Return which file holds which tensor."""
     index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         return {name: checkpoint / file for name, file in read_weight_map(index).items()}
@@ -75,7 +76,7 @@ def _mean(name: str, files: Sequence[Path]) -> Tensor:
 
 
 def _sweep(output: Path) -> None:
-    """Delete what processes that were killed while they averaged into `output` left."""
+    """Delete what killed processes left while they averaged into `output`."""
     for path in output.parent.glob(f".{glob.escape(output.name)}.*"):
         match = re.fullmatch(rf"\.{re.escape(output.name)}\.(\d+)\.[0-9a-f]{{8}}", path.name)
         if match and path.is_dir() and not _is_running(int(match[1])):
@@ -88,19 +89,19 @@ def _is_running(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass  # another user's process
     return True
 
 
 def average_checkpoints(checkpoints: Sequence[str | Path], output_dir: str | Path) -> Path:
-    """Writes a model directory whose weights are the mean of those of the checkpoints.
+    """Write a model directory whose weights are the mean of those of the checkpoints.
 
     Sums are kept in float32 (float64 for float64 weights). Tied weights are stored once in every checkpoint and so in
     the average. Sharded checkpoints give a sharded average. Configuration and tokenizer come from the last checkpoint.
 
     Args:
         checkpoints: Directories with safetensors weights, of one run.
-        output_dir: Written whole or not at all; an existing directory is replaced.
+        output_dir: Written whole or not at all. An existing directory is replaced.
 
     Raises:
         ValueError: If the checkpoints do not hold the same tensors, or none is given.
@@ -119,19 +120,9 @@ def average_checkpoints(checkpoints: Sequence[str | Path], output_dir: str | Pat
     staging = output.with_name(f".{output.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     staging.mkdir(parents=True)
     try:
-        for pattern in _MODEL_FILES:
-            for file in paths[-1].glob(pattern):
-                if file.name not in _NOT_MODEL:
-                    shutil.copy2(file, staging / file.name)
+        _copy_model_files(paths[-1], staging)
         for shard in sorted(set(maps[-1].values())):
-            with safe_open(shard, framework="pt") as file:
-                metadata = file.metadata()
-            mine = [name for name, path in maps[-1].items() if path == shard]
-            averaged = {name: _mean(name, [names[name] for names in maps]) for name in mine}
-            save_file(averaged, staging / shard.name, metadata=metadata)
-        index = paths[-1] / SAFE_WEIGHTS_INDEX_NAME
-        if index.is_file():
-            shutil.copy2(index, staging / index.name)
+            _write_mean_shard(shard, maps, staging)
         if (stamp := read_stamp(paths[-1])) is not None:  # of a run that is pushed: other weights, another stamp
             write_stamp(staging, stamp["urform"])
         if output.is_dir():
@@ -140,3 +131,19 @@ def average_checkpoints(checkpoints: Sequence[str | Path], output_dir: str | Pat
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return output
+
+
+def _copy_model_files(checkpoint: Path, target: Path) -> None:
+    """Copy configuration, tokenizer, code and the index of the shards."""
+    for file in {file for pattern in _MODEL_FILES for file in checkpoint.glob(pattern)}:
+        if file.name not in _NOT_MODEL:
+            shutil.copy2(file, target / file.name)
+
+
+def _write_mean_shard(shard: Path, maps: Sequence[dict[str, Path]], target: Path) -> None:
+    """Write the mean of the tensors of one shard of the last checkpoint; `maps` says which file holds which tensor."""
+    with safe_open(shard, framework="pt") as file:
+        metadata = file.metadata()
+    names = [name for name, path in maps[-1].items() if path == shard]
+    averaged = {name: _mean(name, [files[name] for files in maps]) for name in names}
+    save_file(averaged, target / shard.name, metadata=metadata)

@@ -10,7 +10,7 @@ curve of one.
 Two measures of size:
 
 * `tokens`: a budget for the padded cost of the global batch, (longest source + longest target) x examples. Examples are
-  sorted by length once and cut into pools of neighbours; inside a pool they are shuffled anew each epoch and cut into
+  sorted by length once and cut into pools of neighbours; inside a pool they are shuffled in each epoch and cut into
   batches, and the batches of all pools are shuffled. Because pools never change, every epoch has the same number of
   batches; Trainer relies on that for its arithmetic of epochs, schedules and resuming. (Sorting inside shuffled pools,
   as fairseq does, packs a little tighter, but the number of batches changes from epoch to epoch.)
@@ -21,11 +21,13 @@ Two measures of size:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["GlobalBatchSampler", "padding_share"]
+__all__ = ["GlobalBatchSampler", "SetEpochCallback", "padding_share"]
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -58,9 +60,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     ) -> None:
         if (tokens is None) == (examples is None):
             raise ValueError(f"give exactly one of tokens and examples, got tokens={tokens}, examples={examples}")
-        for name, value in (
-            ("tokens", tokens), ("examples", examples), ("num_splits", num_splits), ("pool_batches", pool_batches)
-        ):  # fmt: skip
+        counts = {"tokens": tokens, "examples": examples, "num_splits": num_splits, "pool_batches": pool_batches}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if len(lengths) == 0:
@@ -87,7 +88,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             )
 
     def _make_pools(self, tokens: int, pool_batches: int) -> list[tuple[np.ndarray, int]]:
-        """Cuts the examples, sorted by length, into pools of neighbours; returns each with its number of batches."""
+        """Cut the examples, sorted by length, into pools of neighbours. Return each with its number of batches."""
         longest = int(self._lengths.sum(axis=1).max())
         if longest > tokens:
             raise ValueError(
@@ -127,7 +128,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return np.concatenate(parts)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next pass."""
+        """Choose the order of the next pass."""
         self.epoch = epoch
 
     @property
@@ -139,7 +140,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return self.num_global_batches * self.num_splits
 
     def global_batches(self) -> list[np.ndarray]:
-        """The global batches of the current epoch, in order."""
+        """Return the global batches of the current epoch, in order."""
         rng = np.random.default_rng((self.seed, self.epoch))
         batches: list[np.ndarray] = []
         for members, count in self._pools:
@@ -152,8 +153,21 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 yield part.tolist()
 
 
+class SetEpochCallback(TrainerCallback):
+    """Sets the sampler's epoch, also inside the wrappers that accelerate puts around it when resuming."""
+
+    def __init__(self, sampler: GlobalBatchSampler, accumulation: int) -> None:
+        self.sampler = sampler
+        self.updates_per_epoch = -(-sampler.num_global_batches // accumulation)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sampler.set_epoch(state.global_step // self.updates_per_epoch)
+
+
 def padding_share(sampler: GlobalBatchSampler) -> float:
-    """Share of padding among all the positions that the sampler's current epoch computes."""
+    """Return the share of padding among all the positions that the sampler's current epoch computes."""
     positions = used = 0
     for batch in sampler:
         lengths = sampler._lengths[batch]

@@ -121,7 +121,7 @@ def _read_manifest(checkpoint: Path) -> Mapping[str, Mapping[str, Any]] | str:
 
 
 def is_unfinished(checkpoint: Path) -> bool:
-    """Whether Urform began to write a checkpoint and did not finish."""
+    """Return whether Urform began to write a checkpoint and did not finish."""
     try:
         manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError):

@@ -54,7 +54,7 @@ def _checked(check: Check, example: tuple[Any, ...], where: str) -> tuple[Any, .
 def read_parallel(
     source: str | Path, target: str | Path, max_line_bytes: int | None = MAX_LINE_BYTES
 ) -> Iterator[tuple[str, str]]:
-    """Pairs of lines of two files of equal length.
+    """Yield pairs of lines of two files of equal length.
 
     Raises:
         ValueError: If the files have different numbers of lines (both are named), or are empty, besides what
@@ -67,8 +67,8 @@ def read_parallel(
         if left is None and right is None:
             break
         if left is None or right is None:
-            counts = [count + (line is not None) + sum(1 for _ in rest) for line, rest in
-                      ((left, sources), (right, targets))]  # fmt: skip
+            ends = ((left, sources), (right, targets))
+            counts = [count + (line is not None) + sum(1 for _ in rest) for line, rest in ends]
             raise ValueError(
                 f"parallel files differ in length: {source} has {counts[0]} lines, {target} has {counts[1]}"
             )
@@ -81,7 +81,7 @@ def read_parallel(
 def read_jsonl(
     path: str | Path, fields: Sequence[str], check: Check = texts, max_line_bytes: int | None = MAX_LINE_BYTES
 ) -> Iterator[tuple[Any, ...]]:
-    """The named fields of each line of a JSON Lines file; blank lines are no records.
+    """Yield the named fields of each line of a JSON Lines file. Blank lines are no records.
 
     Args:
         path: The file.
@@ -125,7 +125,7 @@ def _field(record: dict[str, Any], name: str, path: str | Path, number: int) -> 
 def read_tsv(
     path: str | Path, columns: Sequence[str], check: Check = texts, max_line_bytes: int | None = MAX_LINE_BYTES
 ) -> Iterator[tuple[Any, ...]]:
-    """The named columns of a tab-separated file.
+    """Yield the named columns of a tab-separated file.
 
     Args:
         path: The file. Fields are separated by tabs and nothing is quoted or escaped.
@@ -159,7 +159,7 @@ def read_tsv(
 def read_records(
     path: str | Path, fields: Sequence[str], check: Check = texts, max_line_bytes: int | None = MAX_LINE_BYTES
 ) -> Iterator[tuple[Any, ...]]:
-    """Reads `.tsv` or `.jsonl`/`.json` (plain or compressed) by the file's name.
+    """Read `.tsv` or `.jsonl`/`.json` (plain or compressed) by the file's name.
 
     Raises:
         ValueError: If the name says neither, besides what the readers raise.
@@ -174,7 +174,7 @@ def read_records(
 
 
 def open_sources(path: str | Path, field: str, max_line_bytes: int | None = MAX_LINE_BYTES) -> Iterator[str]:
-    """The texts of a file to translate: its lines, or one column or field of a .tsv or .jsonl, in order.
+    """Yield the texts of a file to translate: its lines, or one column or field of a .tsv or .jsonl, in order.
 
     Raises:
         ValueError: If it is a .csv, or if a source is no text, besides what the readers raise.
@@ -193,7 +193,7 @@ def open_sources(path: str | Path, field: str, max_line_bytes: int | None = MAX_
 def read_dataset(
     name: str, config: str | None, split: str, fields: Sequence[str], check: Check = texts
 ) -> Iterator[tuple[Any, ...]]:
-    """The named fields of a data set of the `datasets` library, by its name on the Hub or a local path.
+    """Yield the named fields of a data set of the `datasets` library, by its name on the Hub or a local path.
 
     Raises:
         ValueError: If `datasets` is not installed, or if a field is missing or does not pass the check.

@@ -17,9 +17,11 @@ from transformers import set_seed
 from ..dependencies import missing_dependency
 from .data_files import open_lines
 from .metrics import TranslationScores, score_translations
+from .model_building import build_model, train_tokenizer
 from .recipe import Recipe, load_recipe
-from .run import build_model, train, train_tokenizer, translate
+from .run import train
 from .tasks import Labels, read_split
+from .translation import translate
 
 __all__ = ["DEFAULT_SENTENCES", "DemoResult", "demo"]
 
@@ -65,7 +67,7 @@ def demo(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> DemoResult:
-    """Makes the corpus, trains tokenizer and model, scores them before and after, and translates in a new process.
+    """Make the corpus, train tokenizer and model, score them before and after, and translate in a new process.
 
     Args:
         sentences: English phrases with a language tag in front; without any, `DEFAULT_SENTENCES`.
@@ -93,8 +95,8 @@ def demo(
     say(f"before training: exact match {before.exact_match:.1f}%, chrF {before.chrf:.1f}")
     with redirect_stdout(sys.stderr), _one_thread():  # Trainer prints its log
         result = train(recipe)
-    say(f"trained {result.metrics['num_parameters']:,} parameters, {result.steps} steps, "
-        f"{result.metrics['train_runtime']:.0f} s")  # fmt: skip
+    metrics = result.metrics
+    say(f"trained {metrics['num_parameters']:,} parameters, {result.steps} steps, {metrics['train_runtime']:.0f} s")
     after = TranslationScores(**result.metrics["test"])
     hypotheses = open_lines(result.output_dir / "test_predictions.txt")
     by_kind: dict[str, list[bool]] = {}
@@ -153,7 +155,7 @@ def _write_corpus(folder: Path, train_phrases: int, test_phrases: int, seed: int
 
 
 def _untrained(recipe: Recipe, pairs: Sequence[tuple[str, str]], seed: int) -> TranslationScores:
-    """The same model with its first random weights; most of its output never ends, so it is cut."""
+    """Score the same model with its first random weights. Most of its output never ends, so it is cut."""
     set_seed(seed)
     sample = list(read_split(recipe.data, "train"))[:5000]
     tokenizer = train_tokenizer(recipe, sample)
@@ -165,10 +167,8 @@ def _untrained(recipe: Recipe, pairs: Sequence[tuple[str, str]], seed: int) -> T
 
 def _in_new_process(model_dir: Path, sentences: Sequence[str]) -> list[str]:
     command = [sys.executable, "-m", "urform.cli.main", "predict", str(model_dir), "--num-beams", "1", "--quiet"]
-    done = subprocess.run(
-        command, input="".join(f"{sentence}\n" for sentence in sentences), capture_output=True, text=True,
-        encoding="utf-8", check=False,
-    )  # fmt: skip
+    lines = "".join(f"{sentence}\n" for sentence in sentences)
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, encoding="utf-8", check=False)
     if done.returncode:
         raise RuntimeError(f"the new process failed: {done.stderr.strip()}")
     return done.stdout.splitlines()

@@ -82,12 +82,12 @@ class Phrase:
 
 
 def language_tag(language: str) -> str:
-    """The token that asks for a target language, e.g. `<2de>`."""
+    """Return the token that asks for a target language, e.g. `<2de>`."""
     return f"<2{language}>"
 
 
 def split_of(kind: str, value: str) -> str:
-    """`"test"` for one atom in ten, else `"train"`; depends on nothing but the atom itself.
+    """Return `"test"` for one atom in ten, else `"train"`; depends on nothing but the atom itself.
 
     Args:
         kind: What the value is ("date", "minute", "number", "pair", "set").
@@ -98,7 +98,7 @@ def split_of(kind: str, value: str) -> str:
 
 
 def number_atom(value: Decimal) -> str:
-    """Canonical spelling of a number: no trailing zeros, no exponent."""
+    """Return the canonical spelling of a number: no trailing zeros, no exponent."""
     return f"{value.normalize():f}"
 
 
@@ -226,7 +226,7 @@ def _format_unit(value: Decimal, unit: str, locale: str) -> str:
 
 
 def _translatable_units() -> list[str]:
-    """The units for which babel has a pattern in every language (it prints the bare identifier otherwise)."""
+    """Return the units for which babel has a pattern in every language (it prints the bare identifier otherwise)."""
     return [
         unit
         for unit in _UNITS
@@ -235,7 +235,7 @@ def _translatable_units() -> list[str]:
 
 
 def generate_corpus(split: str, size: int, seed: int = 0, languages: tuple[str, ...] = LANGUAGES) -> list[Phrase]:
-    """Draws `size` different phrases of one split, the languages in turn.
+    """Draw `size` different phrases of one split, the languages in turn.
 
     Args:
         split: `"train"` or `"test"`; see the module's docstring for what separates them.

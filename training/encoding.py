@@ -1,4 +1,4 @@
-"""From text to lists of ids in memory, with what is too long counted instead of cut in silence."""
+"""From text to lists of ids in memory. Examples that are too long are counted and logged."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from transformers import PreTrainedTokenizerBase
 
 from ..tokenization.tokenization_urform import settings_kept
 
-__all__ = ["EncodedDataset", "OverLength", "encode_pairs", "finished", "kept_as_it_was", "token_ids"]
+__all__ = ["EncodedDataset", "OverLength", "dataset_of", "encode_pairs", "token_ids", "tokenizer_settings_kept"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class OverLength:
-    """What was done with examples longer than the limits.
+    """How many examples were longer than the limits, and what was done with them.
 
     Attributes:
         policy: `"drop"` leaves the example out, `"truncate"` cuts it, `"error"` raises.
-        examples: Number of examples seen.
+        examples: Number of examples read.
         too_long: Number of examples over a limit.
         kept: Numbers of the examples that became features, in their order; the first example of a split is 1.
     """
@@ -61,7 +61,7 @@ class EncodedDataset(Dataset):
 
     @property
     def lengths(self) -> list[tuple[int, ...]]:
-        """What a batch pays for each example: its source, and its target where that is a sequence of its own."""
+        """Return the length of each example: of its source, and of its target where that is a sequence of its own."""
         if self.two_sided:
             return [(len(f["input_ids"]), len(f["labels"])) for f in self.features]
         return [(len(f["input_ids"]),) for f in self.features]
@@ -78,17 +78,17 @@ def _chunks(items: Iterable[tuple[str, ...]], size: int = 2000) -> Iterator[list
         yield chunk
 
 
-def kept_as_it_was(tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[Any]:
-    """Undoes what calls inside set on a tokenizer of any class, such as truncation: the run would save it."""
+def tokenizer_settings_kept(tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[Any]:
+    """Restore what calls inside the block change on a tokenizer, such as truncation, which the run would save."""
     return settings_kept(tokenizer.backend_tokenizer) if tokenizer.is_fast else nullcontext()
 
 
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None, target: bool
 ) -> tuple[list[list[int]], list[bool]]:
-    """Token ids of the texts, those over the limit cut to it, and which ones these are."""
+    """Return the token ids of the texts, cut to the limit, and for each text whether it was too long."""
     key = "text_target" if target else "text"
-    with kept_as_it_was(tokenizer):
+    with tokenizer_settings_kept(tokenizer):
         encoded: list[list[int]] = tokenizer(**{key: list(texts)}, add_special_tokens=True, verbose=False)["input_ids"]
         too_long = [limit is not None and len(ids) > limit for ids in encoded]
         for index, long in enumerate(too_long):
@@ -108,7 +108,7 @@ def encode_pairs(
     over_length: str = "drop",
     source_prefix: str = "",
 ) -> EncodedDataset:
-    """Encodes (source, target) pairs for an encoder-decoder: `input_ids` and `labels`.
+    """Encode (source, target) pairs for an encoder-decoder: `input_ids` and `labels`.
 
     Args:
         tokenizer: Encodes the source as `text` and the target as `text_target`.
@@ -141,11 +141,11 @@ def encode_pairs(
             if not (long and over_length == "drop"):
                 features.append({"input_ids": source, "labels": target})
                 report.kept.append(report.examples)
-    return finished(features, report, two_sided=True)
+    return dataset_of(features, report, two_sided=True)
 
 
-def finished(features: list[dict[str, Any]], report: OverLength, two_sided: bool = False) -> EncodedDataset:
-    """The dataset, with its report in the log.
+def dataset_of(features: list[dict[str, Any]], report: OverLength, two_sided: bool = False) -> EncodedDataset:
+    """Return the features as a dataset, and log how many examples were too long.
 
     Raises:
         ValueError: If nothing is left.

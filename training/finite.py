@@ -28,7 +28,7 @@ class NonFiniteError(RuntimeError):
 
     Attributes:
         step: The optimizer step.
-        report: The file that tells everything, with the batch beside it; None where weights were found at saving.
+        report: The file with all details, in one folder with the batch. None if weights were found when saving.
     """
 
     def __init__(self, message: str, step: int, report: Path | None = None) -> None:
@@ -84,7 +84,7 @@ class UpdateWatch:
         batch = report.with_name("batch.safetensors")
         others = _save_batches(self.batches, batch)
         last = last_complete_checkpoint(args.output_dir)
-        said = {
+        details = {
             "step": step,
             "epoch": trainer.state.epoch,
             "losses": [repr(loss) for loss in losses],
@@ -96,8 +96,8 @@ class UpdateWatch:
             "other_inputs": others,
             "last_complete_checkpoint": str(last) if last else None,
         }
-        report.write_text(json.dumps(said, indent=1), encoding="utf-8")
-        told = [
+        report.write_text(json.dumps(details, indent=1), encoding="utf-8")
+        sentences = [
             f"training stopped at step {step}, before the update: the loss is {', '.join(f'{x:g}' for x in losses)}",
             f"the gradient norm is {float(grad_norm):g}" if grad_norm is not None else "",
             f"gradients are not finite in {_some(gradients)}" if gradients else "",
@@ -106,7 +106,7 @@ class UpdateWatch:
             f"the batch is in {batch}, the report in {report}",
             _advice(last),
         ]
-        raise NonFiniteError("; ".join(part for part in told if part), step, report)
+        raise NonFiniteError("; ".join(part for part in sentences if part), step, report)
 
 
 def refuse_non_finite_weights(model: nn.Module, optimizer: Any, step: int, output_dir: str | Path) -> None:

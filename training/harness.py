@@ -37,8 +37,8 @@ def evaluate_harness(
         FileNotFoundError: If there is no such folder.
         ValueError: If lm-eval is not installed, if it does not know a task, or if the model is an encoder.
     """
-    for folder in (model_dir, *([include_path] if include_path is not None else [])):
-        if not Path(folder).is_dir():
+    for folder in (model_dir, include_path):
+        if folder is not None and not Path(folder).is_dir():
             raise FileNotFoundError(f"no such folder: {folder}")
     backend = _backend(model_dir)
     try:
@@ -46,17 +46,11 @@ def evaluate_harness(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--lm-eval needs {(error.name or 'lm_eval').replace('_', '-')}: pip install lm-eval"
-        ) from error
+        package = (error.name or "lm_eval").replace("_", "-")
+        raise ValueError(f"--lm-eval needs {package}: pip install lm-eval") from error
 
     manager = TaskManager(include_path=str(include_path) if include_path is not None else None)
-    known = manager.match_tasks(list(tasks))
-    if unknown := [task for task in tasks if task not in known]:
-        raise ValueError(
-            f"lm-eval knows no task {', '.join(map(repr, unknown))}; `lm_eval ls tasks` lists what it knows, and "
-            "include_path adds a folder of your own"
-        )
+    _refuse_unknown(tasks, manager)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     if backend == "causal" and getattr(tokenizer, "add_eos_token", False):
@@ -69,6 +63,15 @@ def evaluate_harness(
         task: {name: value for name, value in metrics.items() if name not in ("name", "alias")}
         for task, metrics in result["results"].items()
     }
+
+
+def _refuse_unknown(tasks: Sequence[str], manager: Any) -> None:
+    known = manager.match_tasks(list(tasks))
+    if unknown := [task for task in tasks if task not in known]:
+        raise ValueError(
+            f"lm-eval knows no task {', '.join(map(repr, unknown))}; `lm_eval ls tasks` lists what it knows, and "
+            "include_path adds a folder of your own"
+        )
 
 
 def _backend(model_dir: str | Path) -> str:

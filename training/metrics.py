@@ -1,4 +1,4 @@
-"""What a translation is worth: sacreBLEU on raw text, BLEU on tokenized lower-cased text, chrF, exact match.
+"""Metrics: of translations sacreBLEU on raw text, BLEU on tokenized lower-cased text, chrF, exact match; accuracy.
 
 Published results on Multi30k are nearly always BLEU on text that was lower-cased, had its punctuation normalised and
 was tokenized by the Moses scripts (`*.lc.norm.tok.*`), not sacreBLEU on raw text. `tokenized_lowercased_bleu` computes
@@ -10,12 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..dependencies import missing_dependency
 from .languages import normalize_language, script_of
 
-__all__ = ["TranslationScores", "check_scorers", "score_translations", "tokenized_lowercased_bleu"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .recipe import Recipe
+
+__all__ = [
+    "TranslationScores",
+    "accuracy",
+    "check_scorers",
+    "metric_function",
+    "score_translations",
+    "tokenized_lowercased_bleu",
+]
 
 
 # sacreBLEU's tokenizer by script; all other scripts divide words by spaces.
@@ -51,7 +65,7 @@ class TranslationScores:
     examples: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the scores as a dict for JSON."""
         return asdict(self)
 
 
@@ -84,7 +98,7 @@ def check_scorers(language: str) -> None:
 def tokenized_lowercased_bleu(
     hypotheses: Sequence[str], references: Sequence[str], language: str = "en"
 ) -> tuple[float, str]:
-    """BLEU on lower-cased, tokenized text, and the tokenizer's name.
+    """Return BLEU on lower-cased, tokenized text, and the tokenizer's name.
 
     Args:
         hypotheses: Detokenized system output.
@@ -109,7 +123,7 @@ def tokenized_lowercased_bleu(
 def score_translations(
     hypotheses: Sequence[str], references: Sequence[str], language: str = "en", bleu_tokenizer: str | None = None
 ) -> TranslationScores:
-    """All the scores at once.
+    """Return all the scores.
 
     Args:
         hypotheses: System output, one per reference.
@@ -144,3 +158,30 @@ def score_translations(
         exact_match=100 * sum(h == r for h, r in zip(hypotheses, references, strict=True)) / len(references),
         examples=len(references),
     )
+
+
+# --- during training ---------------------------------------------------------------------------------------------
+def metric_function(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], dict[str, float]] | None:
+    """Return Trainer's `compute_metrics` for the task of a recipe, None where evaluation measures the loss alone."""
+    if recipe.data.task in ("text-classification", "token-classification"):
+        return accuracy
+    if recipe.data.task != "seq2seq" or not recipe.training.predict_with_generate:
+        return None
+
+    def decoded(ids: np.ndarray) -> list[str]:
+        return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), skip_special_tokens=True)
+
+    def generation_metrics(prediction: Any) -> dict[str, float]:
+        hypotheses, references = decoded(prediction.predictions), decoded(prediction.label_ids)
+        scores = score_translations(hypotheses, references, recipe.data.target_language)
+        return {"bleu": scores.bleu, "chrf": scores.chrf, "exact_match": scores.exact_match}
+
+    return generation_metrics
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Return the share of labels predicted right; labels of -100 do not count."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    labels = np.asarray(prediction.label_ids)
+    counted = labels != -100
+    return {"accuracy": float((np.argmax(logits, axis=-1) == labels)[counted].mean())}

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from transformers import (
 from ..publishing.checkpoint_checks import read_json
 from ..publishing.training_record import ARGUMENTS_NAME
 from .encoding import EncodedDataset
+from .metrics import check_scorers
 from .recipe import DataArguments, Recipe
-from .tasks import Split, place_of, split_files
+from .tasks import Split, has_split, place_of, split_files
 
 __all__ = [
     "EstimateCallback",
@@ -39,10 +40,13 @@ __all__ = [
     "check_files",
     "check_generation",
     "check_lengths",
+    "check_metrics",
     "limit_tokenizer",
     "position_limits",
     "product_time_ratio",
+    "refuse_single_class",
     "settle_precision",
+    "warn_of_single_process",
 ]
 
 logger = logging.getLogger(__name__)
@@ -57,6 +61,42 @@ def check_files(data: DataArguments) -> None:
         more = f", nor {len(missing) - 1} more of the recipe's {len(files)} files" if len(missing) > 1 else ""
         hint = f". {data.origin.strip()}" if data.origin else ""
         raise FileNotFoundError(f"no such file: {missing[0]}{more}{hint}")
+
+
+def check_metrics(recipe: Recipe) -> None:
+    """Refuse a run whose scores could not be computed at its end.
+
+    Raises:
+        ValueError: If what scores text in the target language is not installed, or if the language is unknown.
+    """
+    scored = has_split(recipe.data, "test") or recipe.training.predict_with_generate
+    if recipe.data.task == "seq2seq" and scored:
+        check_scorers(recipe.data.target_language)
+
+
+def refuse_single_class(data: DataArguments, names: Collection[str]) -> None:
+    """Refuse to train a classifier on examples of one class: its loss would be 0 whatever the model says.
+
+    Raises:
+        ValueError: If the task is a classification and there are fewer than two names.
+    """
+    if data.task in ("text-classification", "token-classification") and len(names) < 2:
+        found = f"every label of the training data is {min(names)!r}" if names else "the training data have no label"
+        raise ValueError(
+            f"{found}, and task {data.task} needs at least two classes: add examples of another class, or check "
+            f"data.target_field={data.target_field!r}"
+        )
+
+
+def warn_of_single_process(world_size: int) -> None:
+    """Warn where accelerate was asked for several processes and started one."""
+    # accelerate 1.15: `launch --cpu --num_processes 2` sets MASTER_ADDR and then starts one process (without mpirun).
+    launched = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ
+    if launched and "WORLD_SIZE" not in os.environ and world_size == 1:
+        logger.warning(
+            "accelerate launch was asked for several processes and started one: on CPUs use "
+            "`accelerate launch --multi_gpu --num_processes N` with use_cpu=true, or torchrun"
+        )
 
 
 # --- lengths -----------------------------------------------------------------------------------------------------
@@ -160,8 +200,10 @@ def check_lengths(data: DataArguments, split: Split, dataset: EncodedDataset, li
             logger.warning(
                 "%d of %d training examples are longer than max_position_embeddings=%d, where the tokenizer's "
                 "truncation and `urform predict` end: raise model.config.max_position_embeddings",
-                over_declared, len(dataset), limits.declared,
-            )  # fmt: skip
+                over_declared,
+                len(dataset),
+                limits.declared,
+            )
 
 
 def check_generation(
@@ -267,8 +309,11 @@ def _warn_of_slow_precision(arguments: Seq2SeqTrainingArguments) -> None:
         if arguments.mixed_precision == name and (ratio := _agreed_ratio(arguments, dtype)) > 1:
             logger.warning(
                 "%s: on this device a product in it takes %.2g times as long as in float32. Set training.%s=false, or "
-                "leave it out and set run.precision=auto", name, ratio, name,
-            )  # fmt: skip
+                "leave it out and set run.precision=auto",
+                name,
+                ratio,
+                name,
+            )
 
 
 # --- duration ----------------------------------------------------------------------------------------------------
@@ -282,7 +327,7 @@ class EstimateCallback(TrainerCallback):
         self._said = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measures from the end of the first step, which costs more than the others."""
+        """Measure from the end of the first step, which costs more than the others."""
         now = time.monotonic()
         if self._start is None:
             self._start = (state.global_step, now)
@@ -292,8 +337,11 @@ class EstimateCallback(TrainerCallback):
             rate, left = (now - self._start[1]) / steps, state.max_steps - state.global_step
             logger.info(
                 "%s more steps will take about %s (%.2g s each, measured on %d); evaluating and saving not counted",
-                f"{left:,}", _duration(rate * left), rate, steps,
-            )  # fmt: skip
+                f"{left:,}",
+                _duration(rate * left),
+                rate,
+                steps,
+            )
 
 
 def _duration(seconds: float) -> str:

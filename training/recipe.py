@@ -1,4 +1,4 @@
-"""Recipes: one YAML file per kind of run, with five sections, each read into a dataclass by `HfArgumentParser`.
+"""Recipes: one YAML file per kind of run, with five sections, each read into a dataclass whose fields say their types.
 
 ::
 
@@ -13,8 +13,6 @@ the command line: `section.name=value`, or `name=value` where the name is unique
 nearest known one, before torch and transformers are imported.
 """
 
-from __future__ import annotations
-
 import ast
 import copy
 import dataclasses
@@ -26,7 +24,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypedDict, Union, get_args, get_origin, get_type_hints
+
+from huggingface_hub.dataclasses import StrictDataclassFieldValidationError, strict, validate_typed_dict
 
 from ..dependencies import missing_dependency
 
@@ -55,13 +56,14 @@ __all__ = [
 TASKS = ("seq2seq", "causal-lm", "masked-lm", "text-classification", "token-classification")
 
 
+@strict
 @dataclass
 class DataArguments:
     """Which data, for which task.
 
     Per split give either `<split>_source` and `<split>_target` (two text files, line by line, for seq2seq), or
     `<split>_file` (TSV, JSON Lines; plain text for the language models), or a `dataset_name`. File names may end in
-    .gz, .xz or .bz2. Relative names are looked up in `data_dir`, or beside nothing else than the working directory.
+    .gz, .xz or .bz2. Relative names are looked up in `data_dir`, by default the working directory.
     """
 
     task: str = field(default="seq2seq", metadata={"help": f"One of {', '.join(TASKS)}."})
@@ -117,6 +119,7 @@ class DataArguments:
                     raise ValueError(f"data.{side}_language: {error}") from None
 
 
+@strict
 @dataclass
 class TokenizerArguments:
     """A tokenizer to train on the training data (both sides together), or an existing one."""
@@ -128,6 +131,7 @@ class TokenizerArguments:
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Passed to UrformTokenizer.train."})
 
 
+@strict
 @dataclass
 class ModelArguments:
     """A model to build from a preset and config fields, or one to go on training."""
@@ -139,6 +143,7 @@ class ModelArguments:
     attn_implementation: str | None = None
 
 
+@strict
 @dataclass
 class RunArguments:
     """The precision of the products, and what happens after the last step."""
@@ -176,17 +181,17 @@ _SECTIONS = (*_OWN_SECTIONS, "training")
 
 @dataclass
 class Recipe:
-    """The five sections of a recipe, parsed; `raw` is what was read, to be kept beside the model."""
+    """The five sections of a recipe, parsed; `raw` is what was read, to be kept with the model."""
 
     data: DataArguments
     tokenizer: TokenizerArguments
     model: ModelArguments
     run: RunArguments
-    training: Seq2SeqTrainingArguments
+    training: "Seq2SeqTrainingArguments"
     raw: dict[str, Any] = field(repr=False)
 
     def save(self, path: str | Path) -> None:
-        """Writes the recipe as read, overrides included, so that it can be run again; secrets are left out."""
+        """Write the recipe as read, overrides included, so that it can be run again. Secrets are left out."""
         from ..publishing.secret_fields import without_secrets
         from .checkpointing import write_text_atomically
 
@@ -219,13 +224,13 @@ _Loader.add_implicit_resolver(
 
 
 def list_recipes() -> list[str]:
-    """Names of the recipes in the package."""
+    """Return the names of the recipes in the package."""
     folder = importlib.resources.files(__package__) / "recipes"
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
 def _read(name: str | Path) -> tuple[str, str]:
-    """Text of a recipe and what to call it in messages."""
+    """Return the text of a recipe and its name in messages."""
     path = Path(name)
     if path.is_file():
         return path.read_text(encoding="utf-8"), str(path)
@@ -244,7 +249,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _declared_fields(source: Path, class_name: str) -> set[str]:
-    """Names of a class's annotated fields, from its source: to import transformers for them takes seconds."""
+    """Return the names of a class's annotated fields, from its source, as importing transformers takes seconds."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
     fields = {
@@ -280,7 +285,7 @@ def _field_names(section: str) -> frozenset[str]:
 
 
 def _suggestion(name: str, section: str | None = None) -> str:
-    """Names the key that was probably meant: of the section if there is one, of another, or of the model's config."""
+    """Name the key that was probably meant: of the section if there is one, of another, or of the model's config."""
     known = {key: f"model.config.{key}" for key in _config_fields()}
     for other in _SECTIONS:
         known.update({key: key if section is None else f"{other}.{key}" for key in _field_names(other)})
@@ -292,7 +297,7 @@ def _suggestion(name: str, section: str | None = None) -> str:
 
 
 def _override(values: dict[str, Any], text: str) -> None:
-    """Applies one `key=value` of the command line."""
+    """Apply one `key=value` of the command line."""
     key, equals, raw = text.partition("=")
     if not equals or not key:
         raise ValueError(f"expected key=value, got {text!r}")
@@ -318,31 +323,51 @@ def _override(values: dict[str, Any], text: str) -> None:
     place[parts[-1]] = value
 
 
-def _check_type(section: str, name: str, value: Any, hint: Any) -> Any:
-    """Refuses a value of the wrong simple type; an int may stand for a float."""
-    allowed = {arm for arm in (get_args(hint) or (hint,)) if arm in (bool, int, float, str, type(None))}
-    if not allowed or type(value) in allowed or isinstance(value, (dict, list)):
+_typed_dict: Any = TypedDict  # called with names that only the recipe knows, which type checkers do not follow
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """Return a number of YAML as the float or the text that a field wants; other values as they are."""
+    kinds = get_args(hint) or (hint,)
+    if type(value) not in (int, float) or type(value) in kinds:
         return value
-    if type(value) is int and float in allowed:
+    if type(value) is int and float in kinds:
         return float(value)
-    if str in allowed and not isinstance(value, bool) and value is not None:
-        return str(value)
-    names = " or ".join(sorted("null" if arm is type(None) else arm.__name__ for arm in allowed))
-    raise ValueError(f"{section}.{name} must be {names}, got {value!r}")
+    return str(value) if str in kinds else value
+
+
+def _type_name(hint: Any) -> str:
+    """Return a type as a user of YAML reads it, e.g. "int or null"."""
+    arms = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    names = ("null" if arm is type(None) else str(arm) if get_args(arm) else arm.__name__ for arm in arms)
+    return " or ".join(names).replace("typing.", "")
 
 
 def _parse_section(section: str, values: Mapping[str, Any]) -> Any:
+    """Return a section as its dataclass.
+
+    Raises:
+        ValueError: If a value is not of its field's type, or not one of the field's values.
+    """
     if section == "training":
         from transformers import Seq2SeqTrainingArguments
-    kind = Seq2SeqTrainingArguments if section == "training" else _OWN_SECTIONS[section]
+    kind: Any = Seq2SeqTrainingArguments if section == "training" else _OWN_SECTIONS[section]
     hints = get_type_hints(kind)
-    return kind(**{name: _check_type(section, name, value, hints.get(name)) for name, value in values.items()})
+    parsed = {name: _converted(value, hints[name]) for name, value in values.items()}
+    for name, value in parsed.items():
+        if section == "training" and isinstance(value, list):
+            continue  # names of enum members: transformers checks them
+        try:
+            validate_typed_dict(_typed_dict(section, {name: hints[name]}), {name: value})
+        except StrictDataclassFieldValidationError as error:
+            raise ValueError(f"{section}.{name} must be {_type_name(hints[name])}, got {value!r}") from error
+    return kind(**parsed)
 
 
 def read_recipe(
     recipe: str | Path, overrides: Iterable[str] = (), *, output_dir: str | Path | None = None
 ) -> dict[str, Any]:
-    """Reads a recipe and refuses what is no key of it; imports neither torch nor transformers.
+    """Read a recipe and refuse unknown keys, without an import of torch or transformers.
 
     Args:
         recipe: See `load_recipe`.
@@ -379,10 +404,8 @@ def read_recipe(
     return values
 
 
-def load_recipe(
-    recipe: str | Path, overrides: Iterable[str] = (), *, output_dir: str | Path | None = None
-) -> Recipe:  # fmt: skip
-    """Reads a recipe.
+def load_recipe(recipe: str | Path, overrides: Iterable[str] = (), *, output_dir: str | Path | None = None) -> Recipe:
+    """Read a recipe.
 
     Args:
         recipe: Path of a YAML file, or the name of one in the package.

@@ -68,9 +68,16 @@ _LEFTOVER = re.compile(
 
 # The training examples are compared by their content, so their files may move.
 _DATA_PLACE = (
-    "data_dir", "train_source", "train_target", "train_file", "dataset_name", "dataset_config", "train_split",
-    "source_field", "target_field",
-)  # fmt: skip
+    "data_dir",
+    "train_source",
+    "train_target",
+    "train_file",
+    "dataset_name",
+    "dataset_config",
+    "train_split",
+    "source_field",
+    "target_field",
+)
 # Patterns of `section.field`.
 FREE = re.compile(
     r"run\.(?!precision).*|data\.(origin|max_line_bytes)|data\.(validation|test)_.*|data\.(source|target)_language|model\.attn_implementation"
@@ -90,7 +97,7 @@ FIXED = re.compile(
 
 @dataclass
 class RunRecord:
-    """What a run's folder says about its run beside the recipe.
+    """What a run's folder says about its run in addition to the recipe.
 
     Attributes:
         examples_sha256: Of the training examples.
@@ -196,7 +203,7 @@ def ended_at(folder: Path) -> int | None:
 
 
 def skips_newer(folder: Path, checkpoint: Path | None) -> bool:
-    """Whether a run has checkpoints newer than the newest complete one."""
+    """Return whether a run has checkpoints newer than the newest complete one."""
     found = numbered_checkpoints(folder)
     return bool(found) and found[-1][1] != checkpoint
 
@@ -248,9 +255,7 @@ def _changes(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     return {key: pair for key, pair in pairs.items() if str(pair[0]) != str(pair[1])}
 
 
-def refuse_changes(
-    folder: Path, now: Recipe, record: RunRecord, allowed: Sequence[str] = ()
-) -> dict[str, str]:  # fmt: skip
+def refuse_changes(folder: Path, now: Recipe, record: RunRecord, allowed: Sequence[str] = ()) -> dict[str, str]:
     """Compare a run that is to be resumed with the one that its folder describes.
 
     Args:
@@ -265,12 +270,24 @@ def refuse_changes(
     Raises:
         ValueError: If something differs that may not, field by field with both values and the remedy.
     """
+    changes = _all_changes(folder, now, record)
+    free = [key for key in changes if FREE.fullmatch(key)]
+    fixed = [key for key in changes if FIXED.fullmatch(key)]
+    others = [key for key in changes if key not in free and key not in fixed]
+    refused = [key for key in others if not _is_allowed(key, allowed)]
+    if fixed or refused:
+        raise ValueError(_refusal(folder, changes, fixed, refused))
+    return {key: f"{key}: {changes[key][0]} -> {changes[key][1]}" for key in [*free, *others]}
+
+
+def _all_changes(folder: Path, now: Recipe, record: RunRecord) -> dict[str, tuple[Any, Any]]:
+    """Return what differs from the run that a folder describes: `section.field` to the value then and now."""
     path, earlier = folder / RECIPE_FILE, RunRecord.load(folder)
     changes: dict[str, tuple[Any, Any]] = {}
     if path.is_file():
         changes = _changes(load_recipe(path), now)
     else:
-        warnings.warn(f"{path} is missing: nobody can say whether the recipe has changed", stacklevel=2)
+        warnings.warn(f"{path} is missing: nobody can say whether the recipe has changed", stacklevel=3)
     if earlier is not None:
         for name in _DATA_PLACE:
             changes.pop(f"data.{name}", None)
@@ -278,13 +295,11 @@ def refuse_changes(
             hashes = [f"sha256 {known.examples_sha256[:12]}…" for known in (earlier, record)]
             changes["data.train"] = (hashes[0], hashes[1])
         _compare_batches(changes, now, earlier.processes, record.processes)
-    free = [key for key in changes if FREE.fullmatch(key)]
-    fixed = [key for key in changes if FIXED.fullmatch(key)]
-    others = [key for key in changes if key not in free and key not in fixed]
-    asked = [key for key in others if not any(key == name or key.startswith(f"{name}.") for name in allowed)]
-    if fixed or asked:
-        raise ValueError(_refusal(folder, changes, fixed, asked))
-    return {key: f"{key}: {changes[key][0]} -> {changes[key][1]}" for key in [*free, *others]}
+    return changes
+
+
+def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)
 
 
 def refuse_other_tokenizer(folder: Path) -> None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import transformers
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -24,13 +23,14 @@ from transformers import (
 )
 
 from .data_files import Check, open_lines, read_dataset, read_parallel, read_records, texts
-from .encoding import EncodedDataset, OverLength, encode_pairs, finished, kept_as_it_was, token_ids
+from .encoding import EncodedDataset, OverLength, dataset_of, encode_pairs, token_ids, tokenizer_settings_kept
 from .recipe import DataArguments
 
 __all__ = [
     "AUTO_CLASSES",
     "Labels",
     "build_dataset",
+    "class_names",
     "data_collator",
     "has_split",
     "place_of",
@@ -58,7 +58,7 @@ class Labels:
     frozen: bool = False
 
     def id(self, name: str) -> int:
-        """The id of a class.
+        """Return the id of a class.
 
         Raises:
             ValueError: For a class that training did not have.
@@ -71,7 +71,7 @@ class Labels:
 
 
 def auto_class(task: str) -> Any:
-    """The Auto class of a task's head."""
+    """Return the Auto class of a task's head."""
     return getattr(transformers, AUTO_CLASSES[task])
 
 
@@ -80,14 +80,14 @@ def _path(data: DataArguments, name: str) -> Path:
 
 
 def has_split(data: DataArguments, split: Split) -> bool:
-    """Whether the recipe names data for a split."""
+    """Return whether the recipe names data for a split."""
     if getattr(data, f"{split}_source") or getattr(data, f"{split}_file"):
         return True
     return data.dataset_name is not None and getattr(data, f"{split}_split") is not None
 
 
 def read_split(data: DataArguments, split: Split) -> Iterator[tuple[Any, ...]]:
-    """The examples of a split: (source, target), (text,), (text, label) or (list of words, list of tags).
+    """Return the examples of a split: (source, target), (text,), (text, label) or (list of words, list of tags).
 
     Raises:
         FileNotFoundError: If a file is missing; it is named.
@@ -114,18 +114,20 @@ def read_split(data: DataArguments, split: Split) -> Iterator[tuple[Any, ...]]:
         return read_records(path, fields, check, data.max_line_bytes)
     if data.dataset_name:
         return read_dataset(data.dataset_name, data.dataset_config, getattr(data, f"{split}_split"), fields, check)
-    raise ValueError(f"the recipe names no {split} data: set data.{split}_source and data.{split}_target, "
-                     f"data.{split}_file or data.dataset_name")  # fmt: skip
+    raise ValueError(
+        f"the recipe names no {split} data: set data.{split}_source and data.{split}_target, "
+        f"data.{split}_file or data.dataset_name"
+    )
 
 
 def split_files(data: DataArguments, split: Split) -> list[Path]:
-    """The files that the recipe names for a split."""
+    """Return the files that the recipe names for a split."""
     names = (getattr(data, f"{split}_{kind}") for kind in ("source", "target", "file"))
     return [_path(data, name) for name in names if name]
 
 
 def place_of(data: DataArguments, split: Split, number: int) -> str:
-    """Where an example of a split stands, as a user finds it: the file and the line, else its number alone."""
+    """Return where a user finds an example of a split: its file and line, else its number alone."""
     files = split_files(data, split)
     if not files:
         return f"example {number} of {data.dataset_name} ({getattr(data, f'{split}_split')})"
@@ -152,7 +154,7 @@ def _plain(path: Path, max_line_bytes: int | None) -> Iterator[tuple[str]]:
 
 
 def _label(value: Any) -> str:
-    """A label as text; JSON Lines and data sets may have numbers."""
+    """Return a label as text. JSON Lines and data sets may have numbers."""
     if not isinstance(value, (str, int)) and not (isinstance(value, float) and math.isfinite(value)):
         raise ValueError(f"expected a label, got {type(value).__name__}: {value!r:.60}")
     return texts((str(value),))[0]
@@ -163,7 +165,7 @@ def _text_and_label(example: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _words_and_tags(example: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Words and tags as lists; in a TSV they are separated by spaces (a no-break space belongs to its word)."""
+    """Return words and tags as lists. In a TSV they are separated by spaces (a no-break space belongs to its word)."""
     sides = []
     for value in example:
         side = [part for part in value.split(" ") if part] if isinstance(value, str) else value
@@ -181,6 +183,15 @@ def _words_and_tags(example: tuple[Any, ...]) -> tuple[Any, ...]:
 _CHECKS: dict[str, Check] = {"text-classification": _text_and_label, "token-classification": _words_and_tags}
 
 
+def class_names(data: DataArguments, examples: Iterable[tuple[Any, ...]]) -> set[str]:
+    """Return the labels or tags that occur in the examples of a classification task; none for other tasks."""
+    if data.task == "text-classification":
+        return {example[1] for example in examples}
+    if data.task == "token-classification":
+        return {tag for example in examples for tag in example[1]}
+    return set()
+
+
 def build_dataset(
     data: DataArguments,
     split: Split,
@@ -188,7 +199,7 @@ def build_dataset(
     labels: Labels,
     examples: list[tuple[Any, ...]],
 ) -> EncodedDataset:
-    """Encodes the examples of a split for the task.
+    """Encode the examples of a split for the task.
 
     The examples are those of `read_split`. Over-long ones are treated as `data.over_length` says in training, and
     truncated in evaluation, so that every example counts there.
@@ -204,7 +215,7 @@ def build_dataset(
             source_prefix=data.source_prefix,
         )
     encode: Callable[..., EncodedDataset] = _encode_words if data.task == "token-classification" else _encode_texts
-    with kept_as_it_was(tokenizer):
+    with tokenizer_settings_kept(tokenizer):
         return encode(data, tokenizer, labels, examples, OverLength(policy))
 
 
@@ -231,7 +242,7 @@ def _encode_texts(
             feature["labels"] = list(ids)
         features.append(feature)
         report.kept.append(report.examples)
-    return finished(features, report)
+    return dataset_of(features, report)
 
 
 def _encode_words(
@@ -262,11 +273,11 @@ def _encode_words(
         ]
         features.append({"input_ids": encoding["input_ids"], "labels": aligned})
         report.kept.append(report.examples)
-    return finished(features, report)
+    return dataset_of(features, report)
 
 
 def data_collator(task: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
-    """The collator of transformers that pads (and masks) a task's batches."""
+    """Return the collator of transformers that pads (and masks) a task's batches."""
     if task in ("seq2seq", "causal-lm"):
         # With the model it also makes `decoder_input_ids`, which the label-smoothed loss needs.
         return DataCollatorForSeq2Seq(tokenizer, model=model if model.config.is_encoder_decoder else None)
@@ -275,11 +286,3 @@ def data_collator(task: str, tokenizer: PreTrainedTokenizerBase, model: PreTrain
     if task == "token-classification":
         return DataCollatorForTokenClassification(tokenizer)
     return DataCollatorWithPadding(tokenizer)
-
-
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Share of labels predicted right, for the classification tasks' `compute_metrics`."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    labels = np.asarray(prediction.label_ids)
-    counted = labels != -100
-    return {"accuracy": float((np.argmax(logits, axis=-1) == labels)[counted].mean())}

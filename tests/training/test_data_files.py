@@ -20,8 +20,9 @@ from urform import UrformConfig, UrformForConditionalGeneration, UrformTokenizer
 from urform.cli.main import app
 from urform.tokenization.text_files import decode_lines, open_lines
 from urform.training.data_files import read_records
+from urform.training.metrics import metric_function
 from urform.training.recipe import DataArguments, load_recipe
-from urform.training.run import _compute_metrics, predict, translate
+from urform.training.run import predict, translate
 from urform.training.tasks import read_split
 
 LINES = ["the quick brown fox", "", "jumps over\u2028the lazy dog\x0b", "über \x00 \ufeffnull", "今天天气", "a\rb"]
@@ -285,7 +286,7 @@ def test_reserved_tokens_come_out_of_predictions_and_metrics(monkeypatch: pytest
     monkeypatch.setattr(model, "generate", lambda input_ids, **_: torch.tensor([made] * len(input_ids)))
     assert translate(model, tokenizer, ["x"], num_beams=1) == ["a <ph1> b"]
     recipe = load_recipe("translation", ["predict_with_generate=true", "eval_strategy=no"])
-    metrics = _compute_metrics(recipe, tokenizer)
+    metrics = metric_function(recipe, tokenizer)
     labels = [*tokenizer(text_target="a <ph1> b")["input_ids"], -100, -100]
     assert metrics is not None
     scores = metrics(EvalPrediction(predictions=np.array([made]), label_ids=np.array([labels])))

@@ -111,13 +111,14 @@ def test_too_long_pairs_are_named_before_the_first_step(tmp_path: Path, split: s
 def test_too_long_texts_are_named_by_their_line(tmp_path: Path, kind: str) -> None:
     texts = ["red dog", "big cat", *["small tree bird"] * 30]
     texts[20] = LONG
+    labelled = [(text, "xy"[number % 2]) for number, text in enumerate(texts)]
     fields = {} if kind == "text" else {"source_field": "text", "target_field": "label"}
     if kind == "text":  # a blank line is no example
         file, content, line = "a.txt", "\n\n".join(texts), 41
     elif kind == "jsonl":
-        file, content, line = "a.jsonl", "\n".join(f'{{"text": "{t}", "label": "x"}}' for t in texts), 21
+        file, content, line = "a.jsonl", "\n".join(f'{{"text": "{t}", "label": "{c}"}}' for t, c in labelled), 21
     else:
-        file, content, line = "a.tsv", "text\tlabel\n" + "\n".join(f"{t}\tx" for t in texts), 22
+        file, content, line = "a.tsv", "text\tlabel\n" + "\n".join(f"{t}\t{c}" for t, c in labelled), 22
     (tmp_path / file).write_text(content + "\n", encoding="utf-8")
     recipe = {
         "data": {"task": "masked-lm" if kind == "text" else "text-classification", "train_file": file, **fields,
@@ -174,6 +175,46 @@ def test_pipeline_cuts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="beyond the learned table"):
         pipe(LONG)
     assert pipe(LONG, truncation=True)[0]["label"] in ("x", "y")
+
+
+def classifier_recipe(folder: Path, task: str, content: str, **model: Any) -> Path:
+    (folder / "a.tsv").write_text(content, encoding="utf-8")
+    recipe = {
+        "data": {"task": task, "train_file": str(folder / "a.tsv"), "max_source_length": 20},
+        "tokenizer": {"vocab_size": 330},
+        "model": {"config": {**BERT}, **model},
+        "training": {"max_steps": 2, "report_to": "none", "use_cpu": True, "save_strategy": "no"},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("task", "label"), [("text-classification", "x"), ("token-classification", "x x")])
+def test_a_single_class_is_refused(tmp_path: Path, task: str, label: str) -> None:
+    """Before a tokenizer is trained. Also where every text of the other class is too long."""
+    recipe = classifier_recipe(tmp_path, task, f"red dog\t{label}\n" * 40)
+    with pytest.raises(ValueError, match=rf"every label .* is 'x', and task {task} needs at least two .*target_field"):
+        train(recipe, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    if task == "text-classification":
+        recipe = classifier_recipe(tmp_path, task, f"red dog\t{label}\n" * 40 + f"{LONG}\ty\n")
+        with pytest.raises(ValueError, match="every label of the training data is 'x'"):
+            train(recipe, output_dir=tmp_path / "out", callbacks=[NoStep()])
+
+
+def test_a_model_of_a_regression_becomes_a_classifier(tmp_path: Path) -> None:
+    """Labels are names of classes whatever the model was made for: the loss is that of two classes, about log 2."""
+    content = "".join(f"red dog\t{'x' if n % 2 else 'y'}\n" for n in range(40))
+    first = train(classifier_recipe(tmp_path, "text-classification", content), output_dir=tmp_path / "first")
+    config = AutoConfig.from_pretrained(first.output_dir, problem_type="regression")
+    config.save_pretrained(first.output_dir)
+    recipe = classifier_recipe(
+        tmp_path, "text-classification", content, from_pretrained=str(first.output_dir), config={}
+    )
+    second = train(recipe, [f"tokenizer.from_pretrained={first.output_dir}"], output_dir=tmp_path / "second")
+    assert AutoConfig.from_pretrained(second.output_dir).problem_type == "single_label_classification"
+    assert 0.3 < second.metrics["train_loss"] < 1.5
 
 
 def test_generation_beyond_the_table_is_refused(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_kill_after_the_last_step(whole: Any, recipe: Path, tmp_path: Path, wh
     if epochs:
         changes += ["max_steps=-1", "num_train_epochs=1"]
         whole = train(recipe, changes, output_dir=tmp_path / "whole")
-    where = "urform.training.averaging._mean" if when == "before" else "urform.training.run.average_checkpoints"
+    where = "urform.training.averaging._mean" if when == "before" else "urform.training.final_model.average_checkpoints"
     kill(recipe, out, where, when, 3 if when == "before" else 1, *changes)
     assert [path for path in out.glob(".*average*")]
     checkpoints = {path.name: snapshot(path) for path in complete_checkpoints(out)}

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_within, twice
@@ -138,6 +139,33 @@ def test_overrides_and_unknown_keys(tmp_path: Path) -> None:
     path.write_text("data: {task: seq2seq, task: causal-lm}", encoding="utf-8")
     with pytest.raises(ValueError, match="'task' is given twice"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("vocab_size=x", r"tokenizer\.vocab_size must be int, got 'x'"),
+        ("max_source_length=12.5", r"data\.max_source_length must be int or null, got 12\.5"),
+        ("languages=de", r"tokenizer\.languages must be list\[str\], got 'de'"),
+        ("languages=[de, [zh]]", r"tokenizer\.languages must be list\[str\], got \['de', \['zh'\]\]"),
+        ("model.config=[1]", r"model\.config must be dict\[str, Any\], got \[1\]"),
+        ("training.seed=true", r"training\.seed must be int, got True"),
+        ("training.logging_steps=often", r"training\.logging_steps must be float, got 'often'"),
+    ],
+)
+def test_values_of_another_type_are_refused(tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(toy_recipe(tmp_path), [change])
+
+
+def test_numbers_become_what_the_field_wants(tmp_path: Path) -> None:
+    """YAML has no quotes around a column's number and no point after a whole number."""
+    changes = ["source_field=2", "length_penalty=1", "max_target_length=null", "training.debug=[underflow_overflow]"]
+    recipe = load_recipe(toy_recipe(tmp_path), changes)
+    assert recipe.data.source_field == "2" and recipe.data.max_target_length is None
+    assert recipe.run.length_penalty == 1.0 and isinstance(recipe.run.length_penalty, float)
+    with pytest.raises(StrictDataclassFieldValidationError, match="num_beams"):
+        recipe.run.num_beams = "five"  # type: ignore[assignment]
 
 
 # --- global batches ----------------------------------------------------------------------------------------------
