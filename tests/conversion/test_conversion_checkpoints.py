@@ -113,13 +113,14 @@ def test_a_folder_there_and_back(name: str, size: str, tmp_path: Path) -> None:
 
 
 def test_files_are_safetensors_to_the_byte(tmp_path: Path) -> None:
-    """Our writer against the library's: the same header but for order, aligned, nothing behind the last tensor."""
+    """What is written can be read by the library: aligned, nothing after the last tensor, readable for others."""
     stock = model_of("LlamaForCausalLM")
     stock.save_pretrained(tmp_path / "stock")
     made = convert_checkpoint(tmp_path / "stock", tmp_path / "ours") / "model.safetensors"
     size = int.from_bytes(made.read_bytes()[:8], "little")
     header = json.loads(made.read_bytes()[8 : 8 + size])
     assert size % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+    assert made.stat().st_mode == made.with_name("config.json").stat().st_mode
     assert made.stat().st_size == 8 + size + max(entry["data_offsets"][1] for entry in header.values())
     with safe_open(made, "pt") as file:
         assert file.metadata() == {"format": "pt"}

@@ -14,7 +14,7 @@ from numerics import assert_within, twice
 
 import urform
 from urform import UrformConfig
-from urform.conversion.convert import urform_config
+from urform.conversion.configs import urform_config
 from urform.conversion.families import FAMILIES
 from urform.conversion.families_decoder import DECODERS
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import urform
 from urform import UrformConfig
 from urform.conversion.checkpoints import convert_checkpoint
-from urform.conversion.convert import urform_config
+from urform.conversion.configs import urform_config
 from urform.conversion.families import FAMILIES
 from urform.conversion.families_encoder import ENCODERS
 
