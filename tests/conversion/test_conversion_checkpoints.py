@@ -483,8 +483,10 @@ def test_architectures_that_are_no_list_of_names(architectures: Any, tmp_path: P
         urform.from_transformers(tmp_path)
 
 
-@pytest.mark.parametrize(("family", "layers"), [("llama", "num_hidden_layers"), ("qwen2", "num_hidden_layers"),
-                                                ("bart", "decoder_layers"), ("gpt2", "n_layer")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("llama", "num_hidden_layers"), ("qwen2", "num_hidden_layers"), ("bart", "decoder_layers"), ("gpt2", "n_layer")],
+)
 def test_ten_million_layers_are_refused_at_once(family: str, layers: str, tmp_path: Path) -> None:
     """Before the library makes lists of that length."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "architectures": ["X"], layers: 10**7}))
