@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration.bundle_urform import package_version
-from ..configuration.checkpoint_files import INDEX_NAME, read_json, read_weight_map, refuse_links
+from ..configuration.checkpoint_files import read_json, refuse_links
 from ..dependencies import HOW_TO_INSTALL, install_command
 from .card_pictures import ALIGNMENT_NAME, CURVE_NAME, can_draw, draw_alignment, draw_curve
 from .card_snippets import Snippet, auto_class, snippets
 from .checkpoint_checks import has_tokenizer
 from .training_record import TrainingRecord
+from .weight_files import WeightFiles, weight_files
 
 MARK = "<!-- This card was written by urform; without this line it is yours, and is kept when you publish again. -->"
 PLACEHOLDERS = (
@@ -254,15 +255,7 @@ def _parameters(folder: Path) -> int:
     """Return the number of parameters in the weights that load by default."""
     import math
 
-    from safetensors import safe_open
-
-    index = folder / INDEX_NAME
-    shards = sorted(set(read_weight_map(index).values())) if index.is_file() else ["model.safetensors"]
-    count = 0
-    for shard in shards:
-        with safe_open(folder / shard, framework="pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-    return count
+    return sum(math.prod(entry.shape) for entry in WeightFiles(weight_files(folder)).entries.values())
 
 
 def _how_to_use(shown: list[Snippet], code: bool, verified: bool) -> str:

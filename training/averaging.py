@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration.bundle_stamp import STAMP_NAME, read_stamp, write_stamp
-from ..configuration.checkpoint_files import read_weight_map
+from ..publishing.weight_files import WeightFiles, weight_files
 from .checkpointing import newest_complete
 
 __all__ = ["average_checkpoints", "last_checkpoints"]
@@ -37,24 +36,19 @@ def last_checkpoints(output_dir: str | Path, count: int) -> list[Path]:
     return list(itertools.islice(newest_complete(output_dir), count))[::-1]
 
 
-def _weight_files(checkpoint: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        return {name: checkpoint / file for name, file in read_weight_map(index).items()}
-    single = checkpoint / SAFE_WEIGHTS_NAME
-    if not single.is_file():
+def _weights(checkpoint: Path) -> WeightFiles:
+    files = weight_files(checkpoint)
+    if files == [checkpoint / SAFE_WEIGHTS_NAME] and not files[0].is_file():
         raise FileNotFoundError(f"{checkpoint} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    return WeightFiles(files)
 
 
-def _mean(name: str, files: Sequence[Path]) -> Tensor:
+def _mean(name: str, checkpoints: Sequence[WeightFiles]) -> Tensor:
+    files = [weights.entries[name].file for weights in checkpoints]
     total: Tensor | None = None
     first: Tensor | None = None
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(name)
+    for path, weights in zip(files, checkpoints, strict=True):
+        tensor = weights[name]
         if first is None:
             first = tensor
             total = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -109,9 +103,10 @@ def average_checkpoints(checkpoints: Sequence[str | Path], output_dir: str | Pat
     if not checkpoints:
         raise ValueError("no checkpoints to average")
     paths = [Path(checkpoint) for checkpoint in checkpoints]
-    maps = [_weight_files(path) for path in paths]
-    for path, names in zip(paths, maps, strict=True):
-        if difference := names.keys() ^ maps[-1].keys():
+    checkpoints_weights = [_weights(path) for path in paths]
+    last = checkpoints_weights[-1]
+    for path, weights in zip(paths, checkpoints_weights, strict=True):
+        if difference := weights.keys() ^ last.keys():
             raise ValueError(f"{path} and {paths[-1]} hold different tensors: {', '.join(sorted(difference)[:5])}")
 
     output = Path(output_dir)
@@ -123,12 +118,10 @@ def average_checkpoints(checkpoints: Sequence[str | Path], output_dir: str | Pat
             for file in paths[-1].glob(pattern):
                 if file.name not in _NOT_MODEL:
                     shutil.copy2(file, staging / file.name)
-        for shard in sorted(set(maps[-1].values())):
-            with safe_open(shard, framework="pt") as file:
-                metadata = file.metadata()
-            mine = [name for name, path in maps[-1].items() if path == shard]
-            averaged = {name: _mean(name, [names[name] for names in maps]) for name in mine}
-            save_file(averaged, staging / shard.name, metadata=metadata)
+        for shard in last.files:
+            names = [name for name, entry in last.entries.items() if entry.file == shard]
+            averaged = {name: _mean(name, checkpoints_weights) for name in names}
+            save_file(averaged, staging / shard.name, metadata=last.metadata[shard] or None)
         index = paths[-1] / SAFE_WEIGHTS_INDEX_NAME
         if index.is_file():
             shutil.copy2(index, staging / index.name)
