@@ -44,11 +44,12 @@ def to_transformers(model: PreTrainedModel, family: str | None = None) -> PreTra
         ValueError: The family (or none of them) can express the config; the message lists the fields that stand in the
             way.
     """
-    if not isinstance(getattr(model, "config", None), UrformConfig):
+    config = getattr(model, "config", None)
+    if not isinstance(config, UrformConfig):
         raise ValueError(
             f"model is a {type(model).__name__}, not one of Urform's; convert those with from_transformers"
         )
-    conversion = prepare_to(model.config, type(model).__name__, family)
+    conversion = prepare_to(config, type(model).__name__, family)
     return _carry(model, assemble(conversion, _state(model), model.dtype, back=True))
 
 
@@ -60,7 +61,7 @@ def _state(model: PreTrainedModel) -> dict[str, Tensor]:
     return state
 
 
-def _carry(source: PreTrainedModel, target: PreTrainedModel) -> PreTrainedModel:
+def _carry(source: PreTrainedModel, target: Any) -> PreTrainedModel:
     """Copy what is not a weight: the generation config, the device, the mode, the name."""
     if target.can_generate() and source.can_generate():
         target.generation_config = copy.deepcopy(source.generation_config)

@@ -33,7 +33,7 @@ _ACTIVATION_MODULES = {"ReLU": "relu", "SiLU": "silu", "Mish": "mish", "Tanh": "
 _OPEN = ("hidden_dropout_prob", "attention_dropout", "activation_dropout", "hidden_act")
 
 
-def _activation(layer: nn.Module) -> str | None:
+def _activation(layer: Any) -> str | None:
     activation = layer.activation
     if isinstance(activation, nn.GELU):
         return "gelu_pytorch_tanh" if activation.approximate == "tanh" else "gelu"
@@ -60,11 +60,16 @@ def _layer_rules(stock: str, ours: str, cross: bool) -> tuple[Rule, ...]:
     )
 
 
+def _layers(stack: Any) -> list[Any]:
+    """Return the layers of a stack. `_check_stack` has checked their class, whose attributes PyTorch does not type."""
+    return list(stack.layers)
+
+
 def _facts(stack: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield what each module of a stack says, as (field of the config, value)."""
     final = stack.norm
     yield "final_norm", final is not None
-    for layer in stack.layers:
+    for layer in _layers(stack):
         yield "norm_position", "pre" if layer.norm_first else "post"
         yield "hidden_act", _activation(layer)
         yield "intermediate_size", layer.linear1.out_features
@@ -85,7 +90,7 @@ def _facts(stack: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _check_stack(stack: nn.Module, name: str, kind: type[nn.Module], layer_kind: type[nn.Module]) -> None:
     """Raise ValueError unless a stack is PyTorch's own, of which the fields below are all there is to know."""
-    layers = list(stack.layers) if type(stack) is kind else []
+    layers = _layers(stack) if type(stack) is kind else []
     strange = {type(layer).__name__ for layer in layers if type(layer) is not layer_kind}
     if strange or not layers:
         raise ValueError(
@@ -235,7 +240,7 @@ def from_torch_transformer(
         raise ValueError(
             "decoder_embeddings and decoder_positions are for nn.Transformer; there is one stack: drop them"
         )
-    width = next(iter(stacks.values())).layers[0].linear1.in_features
+    width = _layers(next(iter(stacks.values())))[0].linear1.in_features
     tables = _token_tables(stacks, width, embeddings, decoder_embeddings)
     derived = _read_config(stacks, tables, fields)
     derived["hidden_size"], derived["scale_embedding"] = width, scale_embedding
@@ -281,7 +286,7 @@ def _read_config(
         prefix = "decoder_" if side == "decoder" and len(stacks) == 2 else ""
         sizes = _one_value((fact for fact in _facts(stack) if fact[0] in own), side, {})
         fields.update({f"{prefix}{name}": value for name, value in sizes.items()})
-        fields[f"{prefix}num_hidden_layers"] = len(stack.layers)
+        fields[f"{prefix}num_hidden_layers"] = len(_layers(stack))
     return {**fields, **_read_embeddings(tables, named)}
 
 
@@ -350,4 +355,5 @@ def _build(
     steps = plan(family, head, config, source, target, back=False, kept={})
     conversion = Conversion(family, head, config, config, steps, source, target)
     weight = next(iter(state.values()))
-    return assemble(conversion, state, weight.dtype, back=False).to(weight.device)
+    model: Any = assemble(conversion, state, weight.dtype, back=False)
+    return model.to(weight.device)

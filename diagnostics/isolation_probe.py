@@ -141,7 +141,7 @@ class Probe:
         self.both_sides = bool(self.config.is_encoder_decoder) and "decoder_input_ids" in self.parameters
         self.generator = torch.Generator().manual_seed(0)
         self.ids = self._usable_ids()
-        self.device = model.get_input_embeddings().weight.device
+        self.device: torch.device = self._embeddings().device
         self.noise = 0.0
         self.readers = list(dict.fromkeys((model, model.base_model)))  # a classifier itself has no output per token
         self.side = "encoder"  # of the only input, where there is one
@@ -167,9 +167,13 @@ class Probe:
             return False
         return moved == 0
 
+    def _embeddings(self) -> Tensor:
+        embeddings: Any = self.model.get_input_embeddings()
+        return embeddings.weight
+
     def _usable_ids(self) -> Tensor:
         """Return ordinary ids: the model's code may read special ones (RoBERTa counts padding by its id)."""
-        embeddings = self.model.get_input_embeddings().weight.shape[0]
+        embeddings = self._embeddings().shape[0]
         size = min(embeddings, getattr(self.text_config, "vocab_size", None) or embeddings)
         special: set[int] = set()
         for name, value in {**self.config.to_dict(), **self.text_config.to_dict()}.items():

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import Any
 
 from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, processors
 from transformers import BatchEncoding, TokenizersBackend
@@ -74,9 +74,10 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
     use copies to encode in parallel.
     """
 
-    vocab_files_names: ClassVar[dict[str, str]] = {"tokenizer_file": "tokenizer.json"}
-    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    vocab_files_names: dict[str, str] = {"tokenizer_file": "tokenizer.json"}
+    model_input_names: list[str] = ["input_ids", "attention_mask"]
     _lock: threading.RLock
+    _tokenizer: Tokenizer
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "UrformTokenizer":
         """Make a tokenizer with its own lock. Copies and unpickled tokenizers get their own, too."""
