@@ -31,19 +31,37 @@ import urform
 HIDDEN, LAYERS, HEADS, VOCABULARY = 256, 4, 8, 8000
 IDS = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, **IDS,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    **IDS,
+}
 WIDE = {**SIZES, "intermediate_size": 4 * HIDDEN}
 GROUPED = {**WIDE, "num_key_value_heads": 2, "intermediate_size": 2 * HIDDEN}
 BART = {
-    "vocab_size": VOCABULARY, "d_model": HIDDEN, "encoder_layers": LAYERS, "decoder_layers": LAYERS,
-    "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "encoder_ffn_dim": 4 * HIDDEN,
-    "decoder_ffn_dim": 4 * HIDDEN, "decoder_start_token_id": 2, "forced_eos_token_id": None, **IDS,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "d_model": HIDDEN,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": 4 * HIDDEN,
+    "decoder_ffn_dim": 4 * HIDDEN,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+    **IDS,
+}
 T5 = {
-    "vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": HIDDEN // HEADS, "d_ff": 4 * HIDDEN, "num_layers": LAYERS,
-    "num_heads": HEADS, "decoder_start_token_id": PAD, **IDS,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "d_model": HIDDEN,
+    "d_kv": HIDDEN // HEADS,
+    "d_ff": 4 * HIDDEN,
+    "num_layers": LAYERS,
+    "num_heads": HEADS,
+    "decoder_start_token_id": PAD,
+    **IDS,
+}
 MODERN = {**WIDE, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 16}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "marian": ("MarianMTModel", {**BART, "decoder_start_token_id": PAD}),
@@ -109,13 +127,13 @@ def generate(bench: Bench, name: str, family: str) -> None:
     size, new_tokens = (3, 4) if bench.options.quick else (16, 32)
     generator = torch.Generator().manual_seed(0)
     input_ids = pad(random_ids(ENGLISH.draw(size, generator), VOCABULARY, generator), PAD)
-    given = 1
+    prompt_length = 1
     if not models["stock", ""].config.is_encoder_decoder:
         order = torch.sort(input_ids != PAD, stable=True).indices
-        input_ids, given = input_ids.gather(1, order), input_ids.shape[1]
+        input_ids, prompt_length = input_ids.gather(1, order), input_ids.shape[1]
     inputs = {"input_ids": input_ids.to(bench.device), "attention_mask": (input_ids != PAD).long().to(bench.device)}
     configuration = {"stock": FAMILIES[family][0], "prompts": size, "new_tokens": new_tokens}
-    ready = contenders(bench, models, inputs, new_tokens, 1, given)
+    ready = contenders(bench, models, inputs, new_tokens, 1, prompt_length)
     bench.compare(name, configuration, ready, work=lambda i: size * new_tokens)
 
 

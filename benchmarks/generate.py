@@ -21,26 +21,28 @@ from workloads import BASE, ENGLISH, PAD, SMALL, Models, Size, pad, random_ids, 
 
 
 def generation(
-    model: nn.Module, inputs: dict[str, Tensor], new_tokens: int, beams: int, given: int = 1
+    model: nn.Module, inputs: dict[str, Tensor], new_tokens: int, beams: int, prompt_length: int = 1
 ) -> Callable[[int], None]:
-    """Give a call that generates for all sources and checks how many tokens came back, behind the `given` ones."""
+    """Give a call that generates for all sources and checks how many tokens came back, after those of the prompt."""
 
     def call(round_: int) -> None:
         ids = model.generate(
             **inputs, do_sample=False, num_beams=beams, min_new_tokens=new_tokens, max_new_tokens=new_tokens
         )
-        if ids.shape[1] != new_tokens + given:
-            raise RuntimeError(f"{type(model).__name__} gave {ids.shape[1] - given} tokens instead of {new_tokens}")
+        if ids.shape[1] != new_tokens + prompt_length:
+            raise RuntimeError(
+                f"{type(model).__name__} gave {ids.shape[1] - prompt_length} tokens instead of {new_tokens}"
+            )
 
     return call
 
 
 def contenders(
-    bench: Bench, models: Models, inputs: dict[str, Tensor], new_tokens: int, beams: int, given: int = 1
+    bench: Bench, models: Models, inputs: dict[str, Tensor], new_tokens: int, beams: int, prompt_length: int = 1
 ) -> list[Contender]:
     """Give each model in float32 and in bfloat16, as copies."""
     return [
-        Contender(side, f"{variant} {precision}".strip(), generation(ready, inputs, new_tokens, beams, given))
+        Contender(side, f"{variant} {precision}".strip(), generation(ready, inputs, new_tokens, beams, prompt_length))
         for (side, variant), model in models.items()
         for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
         for ready in [copy.deepcopy(model).eval().to(bench.device, dtype)]
@@ -56,9 +58,15 @@ def compare(bench: Bench, name: str, size: Size, beams: int) -> None:
     inputs = {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long()}
     ready = contenders(bench, translators(size, ("sdpa", "eager")), inputs, new_tokens, beams)
     configuration = {
-        "layers": size.layers, "hidden": size.hidden, "heads": size.heads, "vocabulary": size.vocabulary,
-        "sources": sources, "longest": input_ids.shape[1], "beams": beams, "new_tokens": new_tokens,
-    }  # fmt: skip
+        "layers": size.layers,
+        "hidden": size.hidden,
+        "heads": size.heads,
+        "vocabulary": size.vocabulary,
+        "sources": sources,
+        "longest": input_ids.shape[1],
+        "beams": beams,
+        "new_tokens": new_tokens,
+    }
     bench.compare(name, configuration, ready, work=lambda i: sources * new_tokens)
 
 

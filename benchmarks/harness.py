@@ -35,6 +35,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from urform.dependencies import install_command
+from urform.diagnostics.reports import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -257,38 +258,14 @@ class Bench:
         Returns:
             The row, as it is recorded.
         """
-        errors: dict[str, str] = {}
-        calls: dict[str, int] = {}
-        warmups = range(self.options.repeats, self.rounds)
-        alive = []
-        for contender in contenders:
-            try:
-                seconds = [time_call(contender.run, i, 1, self.device) for i in warmups]
-            except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:  # OutOfMemoryError is Runtime
-                if contender.side == OURS:
-                    raise
-                errors[contender.name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-                continue
-            alive.append(contender)
-            calls[contender.name] = min(max(1, round(SHORTEST_SAMPLE / max(seconds[-1], 1e-6))), 1000)
-        samples: dict[str, list[float]] = {contender.name: [] for contender in alive}
-        start, done = time.perf_counter(), 0
-        for round_ in range(self.options.repeats):
-            if done >= 3 and time.perf_counter() - start > self.options.seconds:
-                break
-            turn = round_ % max(len(alive), 1)
-            for contender in alive[turn:] + alive[:turn]:
-                samples[contender.name].append(time_call(contender.run, round_, calls[contender.name], self.device))
-            done += 1
-        amounts = [work(i) for i in range(done)] if work else None
+        calls, errors = self._warm_up(contenders)
+        alive = [contender for contender in contenders if contender.name in calls]
+        samples = self._time_in_turn(alive, calls)
+        rounds = max(map(len, samples.values()), default=0)
+        amounts = [work(i) for i in range(rounds)] if work else None
         measured = {}
         for contender in alive:
-            seconds = samples[contender.name]
-            entry: dict[str, Any] = {"side": contender.side, "group": contender.group}
-            entry.update(calls=calls[contender.name], seconds=summary(seconds))
-            if amounts:
-                rates = [amount / second for amount, second in zip(amounts, seconds, strict=True)]
-                entry["rate"] = {**summary(rates), "overall": sum(amounts) / sum(seconds)}
+            entry = measurement(contender, calls[contender.name], samples[contender.name], amounts)
             if memory:
                 entry["peak_bytes"] = contender.held + peak_bytes(contender.run, self.device)
             measured[contender.name] = entry
@@ -313,6 +290,34 @@ class Bench:
                 file.write(json.dumps(row) + "\n")
         return row
 
+    def _warm_up(self, contenders: Sequence[Contender]) -> tuple[dict[str, int], dict[str, str]]:
+        """Run the warm-up rounds; give the calls of a sample by contender, and the errors of those that failed."""
+        calls: dict[str, int] = {}
+        errors: dict[str, str] = {}
+        for contender in contenders:
+            try:
+                rounds = range(self.options.repeats, self.rounds)
+                seconds = [time_call(contender.run, i, 1, self.device) for i in rounds]
+            except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:  # OutOfMemoryError is Runtime
+                if contender.side == OURS:
+                    raise
+                errors[contender.name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+                continue
+            calls[contender.name] = min(max(1, round(SHORTEST_SAMPLE / max(seconds[-1], 1e-6))), 1000)
+        return calls, errors
+
+    def _time_in_turn(self, contenders: Sequence[Contender], calls: Mapping[str, int]) -> dict[str, list[float]]:
+        """Time one sample of each contender per round, in an order that rotates; give the samples by contender."""
+        samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+        start = time.perf_counter()
+        for round_ in range(self.options.repeats):
+            if round_ >= 3 and time.perf_counter() - start > self.options.seconds:
+                break
+            turn = round_ % max(len(contenders), 1)
+            for contender in (*contenders[turn:], *contenders[:turn]):
+                samples[contender.name].append(time_call(contender.run, round_, calls[contender.name], self.device))
+        return samples
+
     def finish(self) -> list[dict[str, Any]]:
         """Draw what `--plot` asks for; complain when `--only` kept nothing."""
         if not self.rows:
@@ -323,6 +328,18 @@ class Bench:
             plot(self.rows, self.options.plot)
             print(f"drawn: {self.options.plot}")
         return self.rows
+
+
+def measurement(
+    contender: Contender, calls: int, seconds: Sequence[float], amounts: Sequence[float] | None
+) -> dict[str, Any]:
+    """Sum a contender's samples up; `amounts` is the work of each round, for rates."""
+    entry: dict[str, Any] = {"side": contender.side, "group": contender.group}
+    entry.update(calls=calls, seconds=summary(seconds))
+    if amounts:
+        rates = [amount / second for amount, second in zip(amounts, seconds, strict=True)]
+        entry["rate"] = {**summary(rates), "overall": sum(amounts) / sum(seconds)}
+    return entry
 
 
 def ratios(measured: Mapping[str, Any], samples: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
@@ -350,16 +367,17 @@ def print_table(row: Mapping[str, Any]) -> None:
     """Show a row of results on the screen."""
     settings = ", ".join(f"{key} {value}" for key, value in row["configuration"].items())
     print(f"\n{row['name']}  ({settings})")
-    header = f"  {'':26}{'ms':>10}{'p10':>10}{'p90':>10}"
     rated = row["unit"] is not None
     with_memory = any("peak_bytes" in entry for entry in row["measured"].values())
-    print(header + (f"{row['unit'] + '/s':>14}" if rated else "") + (f"{'peak MiB':>12}" if with_memory else ""))
+    rows = [["", "ms", "p10", "p90", *([f"{row['unit']}/s"] if rated else []), *(["peak MiB"] if with_memory else [])]]
     for name, entry in row["measured"].items():
-        line = f"  {name:26}" + "".join(f"{1000 * entry['seconds'][key]:10.2f}" for key in ("median", "p10", "p90"))
-        line += f"{entry['rate']['overall']:14,.0f}" if rated else ""
-        print(line + (f"{entry['peak_bytes'] / 2**20:12.1f}" if with_memory else ""))
+        cells = [name, *(f"{1000 * entry['seconds'][key]:.2f}" for key in ("median", "p10", "p90"))]
+        cells += [f"{entry['rate']['overall']:,.0f}"] if rated else []
+        rows.append([*cells, *([f"{entry['peak_bytes'] / 2**20:.1f}"] if with_memory else [])])
+    for line in table(rows, right=range(1, len(rows[0]))):
+        print(f"  {line}")
     for name, error in row["errors"].items():
-        print(f"  {name:26}  failed: {error}")
+        print(f"  {name}  failed: {error}")
     for ratio in row["ratios"]:
         speed = "{median:.2f}x as fast [{p10:.2f}, {p90:.2f}]".format(**ratio["speedup"])
         line = f"  {ratio['ours']} / {ratio['peer']}: {speed}"

@@ -19,6 +19,8 @@ import yaml
 from harness import RESULTS as FOLDER
 from harness import git_state
 
+from urform.diagnostics.reports import table
+
 RESULTS = FOLDER / "multi30k-en-de.jsonl"
 
 
@@ -71,8 +73,8 @@ def main() -> None:
     }
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
-    for key in ("bleu_tok_lc", "bleu", "chrf", "updates", "cpu_minutes", "device"):
-        print(f"{key:14} {row[key]}")
+    keys = ("bleu_tok_lc", "bleu", "chrf", "updates", "cpu_minutes", "device")
+    print("\n".join(table([(key, str(row[key])) for key in keys])))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ from workloads import (
     seq2seq_batch,
     t5,
     translators,
-)  # fmt: skip
+)
 
 
 def own_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -106,9 +106,14 @@ def compare(
     ]
     real = [real_tokens(batch) for batch in batches]
     configuration = {
-        "layers": size.layers, "hidden": size.hidden, "heads": size.heads, "vocabulary": size.vocabulary,
-        "batch": size.batch, "places_per_token": round(sum(map(places, batches)) / sum(real), 3), **configuration,
-    }  # fmt: skip
+        "layers": size.layers,
+        "hidden": size.hidden,
+        "heads": size.heads,
+        "vocabulary": size.vocabulary,
+        "batch": size.batch,
+        "places_per_token": round(sum(map(places, batches)) / sum(real), 3),
+        **configuration,
+    }
     memory = bench.options.memory or bench.device == "cuda"
     bench.compare(name, configuration, contenders, work=lambda i: real[i], memory=memory)
 

@@ -149,18 +149,40 @@ def places(batch: Batch) -> int:
 def translators(size: Size, attentions: Sequence[str]) -> Models:
     """Make ours and Marian, the latter with each attention."""
     ours = UrformConfig.from_preset(
-        "vaswani-base", vocab_size=size.vocabulary, hidden_size=size.hidden, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, intermediate_size=4 * size.hidden, hidden_dropout_prob=0.1,
-        attention_dropout=0.1, activation_dropout=0.1, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+        "vaswani-base",
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.hidden,
+        hidden_dropout_prob=0.1,
+        attention_dropout=0.1,
+        activation_dropout=0.1,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
         decoder_start_token_id=BOS,
-    )  # fmt: skip
+    )
     theirs = transformers.MarianConfig(
-        vocab_size=size.vocabulary, d_model=size.hidden, encoder_layers=size.layers, decoder_layers=size.layers,
-        encoder_attention_heads=size.heads, decoder_attention_heads=size.heads, encoder_ffn_dim=4 * size.hidden,
-        decoder_ffn_dim=4 * size.hidden, activation_function="relu", scale_embedding=True, dropout=0.1,
-        attention_dropout=0.1, activation_dropout=0.1, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
-        forced_eos_token_id=None, decoder_start_token_id=BOS,
-    )  # fmt: skip
+        vocab_size=size.vocabulary,
+        d_model=size.hidden,
+        encoder_layers=size.layers,
+        decoder_layers=size.layers,
+        encoder_attention_heads=size.heads,
+        decoder_attention_heads=size.heads,
+        encoder_ffn_dim=4 * size.hidden,
+        decoder_ffn_dim=4 * size.hidden,
+        activation_function="relu",
+        scale_embedding=True,
+        dropout=0.1,
+        attention_dropout=0.1,
+        activation_dropout=0.1,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        forced_eos_token_id=None,
+        decoder_start_token_id=BOS,
+    )
     models = {("urform", ""): UrformForConditionalGeneration._from_config(ours, attn_implementation="urform")}
     for attention in attentions:
         model = transformers.MarianMTModel._from_config(copy.deepcopy(theirs), attn_implementation=attention)
@@ -171,13 +193,20 @@ def translators(size: Size, attentions: Sequence[str]) -> Models:
 def encoders(size: Size, masked_lm: bool) -> Models:
     """Make ours and BERT: with the masked-LM head, or bare."""
     ours = UrformConfig.from_preset(
-        "bert-base", vocab_size=size.vocabulary, hidden_size=size.hidden, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, intermediate_size=4 * size.hidden,
-    )  # fmt: skip
+        "bert-base",
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.hidden,
+    )
     theirs = transformers.BertConfig(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, intermediate_size=4 * size.hidden,
-    )  # fmt: skip
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.hidden,
+    )
     our_class = UrformForMaskedLM if masked_lm else UrformModel
     models = {("urform", ""): our_class._from_config(ours, attn_implementation="urform")}
     for attention in ("sdpa", "eager"):
@@ -193,15 +222,25 @@ def encoders(size: Size, masked_lm: bool) -> Models:
 
 def t5(size: Size) -> Models:
     ours = UrformConfig.from_preset(
-        "t5-small", vocab_size=size.vocabulary, hidden_size=size.hidden, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, head_dim=size.hidden // size.heads, intermediate_size=4 * size.hidden,
+        "t5-small",
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        head_dim=size.hidden // size.heads,
+        intermediate_size=4 * size.hidden,
         logit_scale=size.hidden**-0.5,
         decoder_start_token_id=BOS,
-    )  # fmt: skip
+    )
     theirs = transformers.T5Config(
-        vocab_size=size.vocabulary, d_model=size.hidden, d_kv=size.hidden // size.heads, d_ff=4 * size.hidden,
-        num_layers=size.layers, num_heads=size.heads, decoder_start_token_id=BOS,
-    )  # fmt: skip
+        vocab_size=size.vocabulary,
+        d_model=size.hidden,
+        d_kv=size.hidden // size.heads,
+        d_ff=4 * size.hidden,
+        num_layers=size.layers,
+        num_heads=size.heads,
+        decoder_start_token_id=BOS,
+    )
     models = {("urform", ""): UrformForConditionalGeneration._from_config(ours, attn_implementation="urform")}
     for attention in ("sdpa", "eager"):
         model = transformers.T5ForConditionalGeneration._from_config(
@@ -213,18 +252,42 @@ def t5(size: Size) -> Models:
 
 def bart(size: Size) -> Models:
     ours = UrformConfig(
-        architecture="encoder-decoder", vocab_size=size.vocabulary, hidden_size=size.hidden,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, intermediate_size=4 * size.hidden,
-        norm_position="post", embedding_norm=True, position_encoding="learned", position_offset=2,
-        hidden_dropout_prob=0.1, attention_dropout=0.1, activation_dropout=0.1, pad_token_id=PAD, bos_token_id=BOS,
-        eos_token_id=EOS, decoder_start_token_id=BOS,
-    )  # fmt: skip
+        architecture="encoder-decoder",
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.hidden,
+        norm_position="post",
+        embedding_norm=True,
+        position_encoding="learned",
+        position_offset=2,
+        hidden_dropout_prob=0.1,
+        attention_dropout=0.1,
+        activation_dropout=0.1,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        decoder_start_token_id=BOS,
+    )
     theirs = transformers.BartConfig(
-        vocab_size=size.vocabulary, d_model=size.hidden, encoder_layers=size.layers, decoder_layers=size.layers,
-        encoder_attention_heads=size.heads, decoder_attention_heads=size.heads, encoder_ffn_dim=4 * size.hidden,
-        decoder_ffn_dim=4 * size.hidden, dropout=0.1, attention_dropout=0.1, activation_dropout=0.1, pad_token_id=PAD,
-        bos_token_id=BOS, eos_token_id=EOS, forced_eos_token_id=None, decoder_start_token_id=BOS,
-    )  # fmt: skip
+        vocab_size=size.vocabulary,
+        d_model=size.hidden,
+        encoder_layers=size.layers,
+        decoder_layers=size.layers,
+        encoder_attention_heads=size.heads,
+        decoder_attention_heads=size.heads,
+        encoder_ffn_dim=4 * size.hidden,
+        decoder_ffn_dim=4 * size.hidden,
+        dropout=0.1,
+        attention_dropout=0.1,
+        activation_dropout=0.1,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        forced_eos_token_id=None,
+        decoder_start_token_id=BOS,
+    )
     models = {("urform", ""): UrformForConditionalGeneration._from_config(ours, attn_implementation="urform")}
     for attention in ("sdpa", "eager"):
         model = transformers.BartForConditionalGeneration._from_config(

@@ -1,30 +1,31 @@
 # Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
 """Conversion of checkpoints, tensor by tensor: folders and Hub ids of safetensors, both ways.
 
-No model is ever in memory: the tensors of one rule are read, turned and written, then those of the next. The target
-folder appears when it is complete, or not at all.
+No model is ever in memory. The tensors of one rule are read and converted, then those of the next, and a file of the
+target is written as soon as its tensors are there. So memory holds one file of the source and one of the target. The
+target folder appears when it is complete, or not at all.
 """
 
 import json
-import math
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..configuration.checkpoint_files import INDEX_NAME, read_json, read_weight_map, refuse_link
+from ..configuration.checkpoint_files import INDEX_NAME, read_json, refuse_link
 from ..configuration.checks_urform import LARGEST, check_architectures
 from ..configuration.configuration_urform import UrformConfig
 from ..publishing.checkpoint_source import need_source
-from .convert import Conversion, assemble, our_class, prepare_from, prepare_to, stock_class
+from ..publishing.weight_files import WeightFiles, weight_files
+from .engine import Conversion, assemble, our_class, prepare_from, prepare_to, stock_class
 from .families import FAMILIES
 from .family import Head
 from .tensors import Side, reader, run_step
@@ -44,13 +45,14 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # names of safetensors
+_LARGEST_FILE = 5 * 10**9  # bytes, as in huggingface_hub: a file is in memory until it is written
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
 def find_folder(source: str | os.PathLike, **hub: Any) -> Path:
-    """The folder of a checkpoint: itself, or the cached files of a Hub id (safetensors and small files, no code).
+    """Return the folder of a checkpoint: itself, or the cached files of a Hub id (safetensors, small files, no code).
 
     Args:
         source: Folder, or id on the Hub.
@@ -64,93 +66,88 @@ def find_folder(source: str | os.PathLike, **hub: Any) -> Path:
     need_source(source, **hub)
     if not folder.is_dir():
         folder = Path(snapshot_download(str(source), allow_patterns=_CARRIED, ignore_patterns=["*/*"], **hub))
-        files = _weight_files(folder)
-        folder = Path(snapshot_download(str(source), allow_patterns=files, **hub))
+        names = [path.name for path in weight_files(folder)]
+        folder = Path(snapshot_download(str(source), allow_patterns=names, **hub))
     if not (folder / "config.json").is_file():
         adapter = " but an adapter: merge it into its model first" if (folder / "adapter_config.json").is_file() else ""
         raise ValueError(f"{source} has no config.json{adapter}; give a folder with a whole checkpoint")
     return folder
 
 
-def _weight_files(folder: Path) -> list[str]:
-    index = folder / INDEX_NAME
-    if not index.is_file():
-        return ["model.safetensors"]
-    return sorted(set(read_weight_map(index).values()))
-
-
 class Shards(Mapping[str, Tensor]):
-    """The tensors of a folder's safetensors, read when asked for, one file open at a time.
+    """The tensors of a checkpoint's folder, by the names of a class.
 
     Args:
         folder: With `model.safetensors`, or with an index and its shards.
 
     Raises:
-        ValueError: There are none, one is missing, or all there is would be unpickled.
+        ValueError: There are none, one is missing or damaged, or all there is would be unpickled.
     """
 
     def __init__(self, folder: Path):
-        names = _weight_files(folder)
-        missing = [name for name in names if not (folder / name).is_file()]
+        paths = weight_files(folder)
+        missing = [path.name for path in paths if not path.is_file()]
         if missing:
             pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
             hint = f"; {', '.join(pickled)} would be unpickled: save them as safetensors first" if pickled else ""
             raise ValueError(f"{folder} has no {', '.join(missing)}{hint}")
-        self.files = [folder / name for name in names]
-        self._open: tuple[Path | None, Any] = (None, None)
-        self._places = {name: (path, name) for path in self.files for name in self._handle(path).keys()}
-
-    def _handle(self, path: Path) -> Any:
-        if self._open[0] != path:
-            self._open = (path, safe_open(path, framework="pt"))
-        return self._open[1]
+        self._stored = WeightFiles(paths)
+        self._stored_name = {name: name for name in self._stored}
 
     def rename(self, side: Side, head: Head | None = None) -> None:
-        """Read the tensors by the names of a class.
+        """Let the tensors go by the names of a class.
 
-        A backbone's checkpoint differs from that of a class with a head by its prefix; old ones say gamma and beta.
+        The names in a backbone's checkpoint differ from those of a class with a head by a prefix, and old checkpoints
+        say gamma and beta.
         """
-        places = {}
-        for name, place in self._places.items():
-            now = name if head is None else head.renamed.get(name, name)
-            now = now.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-            known = [n for n in (now, side.prefix + now, now.removeprefix(side.prefix)) if n in side.shapes]
-            places[known[0] if known else name] = place
-        self._places = places
+        renamed = {}
+        for name, stored in self._stored_name.items():
+            new = name if head is None else head.renamed.get(name, name)
+            new = new.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+            known = [n for n in (new, side.prefix + new, new.removeprefix(side.prefix)) if n in side.shapes]
+            renamed[known[0] if known else name] = stored
+        self._stored_name = renamed
 
-    def order(self, names: tuple[str, ...]) -> int:
-        """The number of the file in which the first of these is."""
-        return min((self.files.index(self._places[name][0]) for name in names if name in self._places), default=-1)
+    def first_file(self, names: tuple[str, ...]) -> int:
+        """Return the number of the first file that holds one of these tensors; -1 if none does."""
+        files = [self._stored.entries[self._stored_name[name]].file for name in names if name in self]
+        return min(map(self._stored.files.index, files), default=-1)
+
+    def largest_file(self) -> int:
+        """Return the size of the largest file in bytes."""
+        return max(path.stat().st_size for path in self._stored.files)
 
     def dtype(self, name: str) -> str:
-        """As safetensors call it: `BF16`."""
-        path, stored = self._places[name]
-        return self._handle(path).get_slice(stored).get_dtype()
+        """Return a tensor's dtype as safetensors calls it: `BF16`."""
+        return self._stored.entries[self._stored_name[name]].dtype
+
+    def main_dtype(self) -> str:
+        """Return the dtype of the first tensor, which stands for the checkpoint's."""
+        return self.dtype(next(iter(self)))
 
     def __getitem__(self, name: str) -> Tensor:
-        path, stored = self._places[name]
-        return self._handle(path).get_tensor(stored)
+        return self._stored[self._stored_name[name]]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._stored_name
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._stored_name)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._stored_name)
 
 
 def _config(folder: Path) -> tuple[PreTrainedConfig, str]:
-    """The config of a checkpoint and the class that it is of."""
-    given = read_json(folder / "config.json")
-    check_architectures(given.get("architectures"))
-    for name in _LAYERS & given.keys():  # before the library makes lists of that length
-        if isinstance(given[name], int) and given[name] > LARGEST["num_hidden_layers"]:
+    """Return the config of a checkpoint and the name of its class."""
+    fields = read_json(folder / "config.json")
+    check_architectures(fields.get("architectures"))
+    for name in _LAYERS & fields.keys():  # before the library makes lists of that length
+        if isinstance(fields[name], int) and fields[name] > LARGEST["num_hidden_layers"]:
             raise ValueError(
-                f"{folder / 'config.json'}: {name}={given[name]} is more than {LARGEST['num_hidden_layers']}"
+                f"{folder / 'config.json'}: {name}={fields[name]} is more than {LARGEST['num_hidden_layers']}"
             )
-    model_type = given.get("model_type")
+    model_type = fields.get("model_type")
     if model_type != UrformConfig.model_type and model_type not in FAMILIES:
         raise ValueError(
             f"{folder} is of model_type={model_type!r}, no family that Urform converts; there are: "
@@ -164,7 +161,7 @@ def _config(folder: Path) -> tuple[PreTrainedConfig, str]:
 
 
 def _prepare(folder: Path, family: str | None) -> tuple[Conversion, Shards, bool]:
-    """What to do with a checkpoint, its tensors, and whether it is the way from Urform to a family."""
+    """Return what to do with a checkpoint, its tensors, and whether it goes from Urform to a family."""
     config, name = _config(folder)
     shards = Shards(folder)
     if not isinstance(config, UrformConfig):
@@ -180,7 +177,7 @@ def _prepare(folder: Path, family: str | None) -> tuple[Conversion, Shards, bool
 
 
 def load_stock(source: str | os.PathLike, *, dtype: torch.dtype | str | None = None, **hub: Any) -> PreTrainedModel:
-    """The Urform model of a stock checkpoint, in eval mode.
+    """Return the Urform model of a stock checkpoint, in eval mode.
 
     Args:
         source: Folder, or id on the Hub.
@@ -191,7 +188,7 @@ def load_stock(source: str | os.PathLike, *, dtype: torch.dtype | str | None = N
     conversion, shards, back = _prepare(folder, None)
     if back:
         raise ValueError(f"{source} is a checkpoint of Urform already; load it with from_pretrained")
-    stored = _DTYPES[shards.dtype(next(iter(shards)))]
+    stored = _DTYPES[shards.main_dtype()]
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     model = assemble(conversion, shards, wanted or stored, back=False, cast=wanted is not None)
     model.config._name_or_path = str(source)
@@ -201,7 +198,7 @@ def load_stock(source: str | os.PathLike, *, dtype: torch.dtype | str | None = N
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
-    """As transformers finds it: in its own file, else in the model's config (BART's checkpoints)."""
+    """Return it as transformers does: from its own file, else from the model's config (BART's checkpoints)."""
     try:
         return GenerationConfig.from_pretrained(folder)
     except OSError:
@@ -211,92 +208,66 @@ def _generation_config(folder: Path) -> GenerationConfig:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-class _Entry(NamedTuple):
-    """A tensor of the target, known before it is made."""
+def _saved_names(conversion: Conversion, back: bool) -> dict[str, str]:
+    """Return {target of a step: its name in the file}, in the order of the steps. Of tied tensors one is saved."""
+    renamed = {new: stored for stored, new in conversion.head.renamed.items()} if back else {}
+    first: dict[str, str] = {}  # of the targets with one name in the file
+    for name in (name for step in conversion.steps for name in step.targets):
+        saved = conversion.target.saved.get(name, name)
+        if saved is not None:
+            first.setdefault(renamed.get(saved, saved), name)
+    return {name: saved for saved, name in first.items()}
 
-    name: str
-    dtype: str
-    shape: torch.Size
 
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+def _targets(conversion: Conversion, shards: Shards) -> dict[str, Tensor]:
+    """Return every tensor that the steps make, on the meta device: shapes and dtypes are known before it is made.
 
-
-def _entries(conversion: Conversion, shards: Shards, back: bool) -> dict[str, _Entry]:
-    """Every tensor that the steps make and that is saved, by name, in their order."""
-    tied, names = conversion.source.tied, {now: stored for stored, now in conversion.head.renamed.items() if back}
-    entries: dict[str, _Entry] = {}
-    taken: set[str] = set()
-    usual = shards.dtype(next(iter(shards)))
+    Raises:
+        ValueError: The checkpoint lacks a tensor, or several that become one differ in dtype.
+    """
+    tied = conversion.source.tied
     missing = [name for step in conversion.steps for name in step.sources if not any(n in shards for n in tied[name])]
     if missing:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)}; it is incomplete or of another class")
+    targets = {}
     for step in conversion.steps:
         read = [next(twin for twin in (name, *tied[name]) if twin in shards) for name in step.sources]
-        dtypes = {shards.dtype(name) for name in read} or {usual}
-        if len(dtypes) > 1 or not dtypes <= _DTYPES.keys():
-            raise ValueError(f"{', '.join(read)} are stored as {', '.join(sorted(dtypes))}; cast them to one dtype")
+        dtype = _common_dtype(read, shards)
         for name, shape in zip(step.targets, step.shapes, strict=True):
-            saved = conversion.target.saved.get(name, name)
-            saved = names.get(saved, saved)
-            if saved is not None and saved not in taken:
-                entries[name] = _Entry(saved, min(dtypes), shape)
-                taken.add(saved)
-    return entries
+            targets[name] = torch.empty(shape, dtype=dtype, device="meta")
+    return targets
 
 
-def _files(entries: dict[str, _Entry], limit: int) -> list[dict[str, _Entry]]:
-    """The entries of each file, of at most `limit` bytes if they have more than one."""
-    files: list[dict[str, _Entry]] = [{}]
-    size = 0
-    for name, entry in entries.items():
-        if files[-1] and size + entry.size > limit:
-            files.append({})
-            size = 0
-        files[-1][name] = entry
-        size += entry.size
-    return files
-
-
-def _header(entries: dict[str, _Entry]) -> bytes:
-    """The head of a safetensors file: what is in it, and where."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in entries.values():
-        start, end = end, end + entry.size
-        table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _common_dtype(names: list[str], shards: Shards) -> torch.dtype:
+    """Return the dtype of tensors that are read together; the checkpoint's for none."""
+    dtypes = {shards.dtype(name) for name in names} or {shards.main_dtype()}
+    if len(dtypes) > 1 or not dtypes <= _DTYPES.keys():
+        raise ValueError(f"{', '.join(names)} are stored as {', '.join(sorted(dtypes))}; cast them to one dtype")
+    return _DTYPES[dtypes.pop()]
 
 
 def _write_weights(conversion: Conversion, shards: Shards, folder: Path, back: bool) -> None:
-    """Write the target's tensors while the source's are read, a rule at a time."""
-    conversion.steps.sort(key=lambda step: shards.order(step.sources))
-    entries = _entries(conversion, shards, back)
-    files = _files(entries, max(path.stat().st_size for path in shards.files))
-    names = ["model.safetensors"]
-    if len(files) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-        index = {
-            "metadata": {"total_size": sum(entry.size for entry in entries.values())},
-            "weight_map": {e.name: n for n, part in zip(names, files, strict=True) for e in part.values()},
-        }
+    """Write the target's tensors while the source's are read, a rule at a time. A file is written when it is whole."""
+    steps = sorted(conversion.steps, key=lambda step: shards.first_file(step.sources))
+    conversion = conversion._replace(steps=steps)
+    targets, names = _targets(conversion, shards), _saved_names(conversion, back)
+    split = split_torch_state_dict_into_shards(
+        {saved: targets[name] for name, saved in names.items()},
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=min(shards.largest_file(), _LARGEST_FILE),
+    )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    tensors = (pair for pair in _made(conversion, shards) if pair[0] in entries)
-    for name, part in zip(names, files, strict=True):
-        with open(folder / name, "wb") as file:
-            file.write(_header(part))
-            for expected, entry in part.items():
-                made, tensor = next(tensors)
-                if made != expected:
-                    raise ValueError(f"{made} was made where {expected} was to be written")
-                tensor = tensor.to(_DTYPES[entry.dtype]).contiguous().reshape(-1)
-                tensor.view(torch.uint8).numpy().tofile(file)
-                del tensor
-    for _ in tensors:  # steps that only look whether a tensor without a place here is what it must be
-        pass
+    incomplete: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _made(conversion, shards):
+        if name not in names:
+            continue
+        file = split.tensor_to_filename[names[name]]
+        tensors = incomplete.setdefault(file, {})
+        tensors[names[name]] = tensor.to(targets[name].dtype).contiguous()
+        if len(tensors) == len(split.filename_to_tensors[file]):
+            save_file(incomplete.pop(file), folder / file, metadata={"format": "pt"})
 
 
 def _made(conversion: Conversion, shards: Shards) -> Iterator[tuple[str, Tensor]]:
@@ -306,7 +277,7 @@ def _made(conversion: Conversion, shards: Shards) -> Iterator[tuple[str, Tensor]
 
 
 def _carry_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template, licence; and say which tokenizer it is where only the model type did."""
+    """Copy tokenizer, chat template and licence; name the tokenizer's class where only the model type said it."""
     for path in sorted(source.iterdir()):
         if path.is_file() and any(path.match(p) for p in _CARRIED) and not any(path.match(p) for p in _NOT_CARRIED):
             refuse_link(source, path)  # the target may be published
@@ -326,7 +297,7 @@ def _carry_files(source: Path, target: Path) -> None:
 def convert_checkpoint(
     source: str | os.PathLike, target: str | os.PathLike, family: str | None = None, **hub: Any
 ) -> Path:
-    """Convert a checkpoint of a stock class to Urform, or one of Urform to a stock class; returns the target.
+    """Convert a checkpoint of a stock class to Urform, or one of Urform to a stock class. Return the target.
 
     Args:
         source: Folder, or id on the Hub; safetensors, one file or many.
@@ -351,11 +322,13 @@ def convert_checkpoint(
         model_class = stock_class(head) if back else our_class(head)
         _write_weights(conversion, shards, temporary, back)
         config.architectures = [model_class.__name__]
-        config.dtype = _DTYPES[shards.dtype(next(iter(shards)))]
+        config.dtype = _DTYPES[shards.main_dtype()]
         config.save_pretrained(temporary)
         if model_class.can_generate():
             _generation_config(folder).save_pretrained(temporary)
         _carry_files(folder, temporary)
+        for path in temporary.glob("*.safetensors"):  # safetensors writes files that only their owner can read
+            shutil.copymode(temporary / "config.json", path)
         os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

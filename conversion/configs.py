@@ -1,5 +1,5 @@
 # Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
-"""Configs by the tables of `families.py`, both ways; nothing is taken on trust.
+"""Configs by the tables of `families.py`, both ways. Every conversion is checked.
 
 A config is converted and converted back, before any weight is read. What did not survive and changes numbers is
 refused, all of it in one message; what did not survive and changes none is kept for the way back.
@@ -8,6 +8,7 @@ refused, all of it in one message; what did not survive and changes none is kept
 import copy
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..configuration.configuration_urform import UrformConfig
 from ..configuration.unknown_fields import READ_BY_LIBRARY
 from ..modeling import modeling_urform
 from .families import FAMILIES
-from .family import TOKEN_IDS, Family, Head
+from .family import TOKEN_IDS, Family, Head, filled
 
 # What no config field says about numbers, on either side.
 _BOOKKEEPING = frozenset(
@@ -62,7 +63,7 @@ _LOOKED_FOR: dict[str, Callable[[Any, Family], bool]] = {
 
 
 def _as_read(stock: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy with what the models of transformers read: rotary parameters that stand beside `rope_parameters`."""
+    """Return a copy with what the models of transformers read: separate rotary fields go into `rope_parameters`."""
     stock = copy.deepcopy(stock)
     if "rope_parameters" in _names(stock) and stock.rope_parameters:
         stock.standardize_rope_params()
@@ -84,77 +85,137 @@ def _listed(obstacles: Mapping[str, str]) -> str:
 
 # ------------------------------------------------------------------------------------------------------- what matters
 
+_POOLING = ("UrformForSequenceClassification", "UrformForMultipleChoice")
+_CLASSIFIERS = (*_POOLING, "UrformForTokenClassification", "UrformForQuestionAnswering")
+
+
+@dataclass(frozen=True)
+class _Use:
+    """What a model of the class `ours` with this config uses: the conditions of the two tables below."""
+
+    config: UrformConfig
+    ours: str
+
+    @property
+    def is_encoder_alone(self) -> bool:
+        return self.ours == "UrformEncoderModel"
+
+    @property
+    def has_two_stacks(self) -> bool:
+        return self.config.is_encoder_decoder and not self.is_encoder_alone
+
+    @property
+    def has_lm_head(self) -> bool:
+        return hasattr(getattr(modeling_urform, self.ours), "project")
+
+    @property
+    def has_lm_transform(self) -> bool:
+        return self.has_lm_head and self.config.lm_head_transform
+
+    @property
+    def classifies(self) -> bool:
+        return self.ours in _CLASSIFIERS
+
+    @property
+    def pools(self) -> bool:
+        return self.ours in _POOLING
+
+    @property
+    def has_dense_classifier(self) -> bool:
+        wanted = self.pools or self.config.token_classifier_dense
+        return self.classifies and self.config.classifier_activation is not None and wanted
+
+    @property
+    def positions(self) -> str:
+        return self.config.position_encoding
+
+    @property
+    def has_absolute_positions(self) -> bool:
+        return self.positions in ("sinusoidal", "learned")
+
+    @property
+    def rope_types(self) -> set[str]:
+        rope = _rope(self.config) if self.positions == "rope" else {}
+        return {parameters["rope_type"] for parameters in rope.values()}
+
+    @property
+    def layer_types(self) -> set[str]:
+        return {*(self.config.layer_types or ()), *(self.config.decoder_layer_types or ())}
+
 
 def _rope(config: UrformConfig) -> dict[str, dict[str, Any]]:
-    """The rotary parameters of each layer type in use."""
-    kinds = {*config.layer_types, *(config.decoder_layer_types or ())}
-    given = config.rope_parameters
-    table = given if config.rope_is_per_layer_type else dict.fromkeys(kinds, given)
-    return {kind: {"partial_rotary_factor": 1.0, **table[kind]} for kind in sorted(kinds)}
+    """Return the rotary parameters of each layer type in use."""
+    kinds = _Use(config, "").layer_types
+    parameters: dict[str, Any] = filled(config.rope_parameters)
+    by_kind = parameters if config.rope_is_per_layer_type else dict.fromkeys(kinds, parameters)
+    return {kind: {"partial_rotary_factor": 1.0, **by_kind[kind]} for kind in sorted(kinds)}
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+# Fields that say one thing in several ways: the one way that is compared.
+_SPELLED: dict[str, Callable[[_Use], Any]] = {
+    "attention_scale": lambda use: _or(use.config.attention_scale, filled(use.config.head_dim) ** -0.5),
+    "attention_out_bias": lambda use: _or(use.config.attention_out_bias, use.config.attention_bias),
+    "final_norm": lambda use: _or(use.config.final_norm, use.config.norm_position != "post"),
+    "classifier_pooling": lambda use: (
+        use.config.classifier_pooling or ("first" if use.config.architecture == "encoder" else "last")
+    ),
+    "lm_head_activation": lambda use: use.config.lm_head_activation or use.config.hidden_act,
+    "rope_parameters": lambda use: _rope(use.config) if use.positions == "rope" else None,
+    "sinusoidal_layout": lambda use: (  # "interleaved" is a matter of the order of features: see Family.reorders
+        "halves" if use.has_lm_head and use.config.sinusoidal_layout == "interleaved" else use.config.sinusoidal_layout
+    ),
+    "position_counting": lambda use: (
+        "columns"
+        if use.positions == "sinusoidal" and use.has_two_stacks and use.config.position_counting == "mask"
+        else use.config.position_counting
+    ),
+    "pad_token_id": lambda use: (
+        use.config.pad_token_id if use.pools or use.has_two_stacks or use.config.position_counting == "tokens" else None
+    ),
+}
+# Fields on which numbers depend only sometimes: when they do. Those of the decoder: with two stacks.
+_APPLIES: dict[str, Callable[[_Use], bool]] = {
+    **dict.fromkeys(
+        ("tie_word_embeddings", "lm_head_bias", "lm_head_transform", "logit_scale", "final_logit_softcapping"),
+        lambda use: use.has_lm_head,
+    ),
+    "lm_head_activation": lambda use: use.has_lm_transform,
+    "transform_bias": lambda use: use.has_dense_classifier or use.has_lm_transform,
+    "classifier_pooling": lambda use: use.pools,
+    "classifier_activation": lambda use: use.has_dense_classifier or use.pools,
+    "classifier_norm": lambda use: use.has_dense_classifier,
+    "classifier_bias": lambda use: use.classifies and use.ours != "UrformForQuestionAnswering",
+    "token_classifier_dense": lambda use: use.classifies and not use.pools,
+    "max_position_embeddings": lambda use: use.positions == "learned" or bool(use.rope_types - {"default"}),
+    **dict.fromkeys(("position_offset", "position_counting"), lambda use: use.has_absolute_positions),
+    "sinusoidal_layout": lambda use: use.positions == "sinusoidal",
+    **dict.fromkeys(
+        ("relative_attention_num_buckets", "relative_attention_max_distance"), lambda use: use.positions == "t5"
+    ),
+    "rope_parameters": lambda use: use.positions == "rope",
+    "rope_length": lambda use: not use.rope_types.isdisjoint(LENGTH_ROPES),
+    "sliding_window": lambda use: "sliding_attention" in use.layer_types,
+    "norm_bias": lambda use: use.config.norm_type == "layernorm",
+    "share_embeddings": lambda use: use.has_two_stacks,
+    "architecture": lambda use: not use.is_encoder_alone,
+}
 
 
 def what_matters(config: UrformConfig, ours: str) -> dict[str, Any]:
-    """The fields on which the numbers of a model of class `ours` depend, each in one spelling.
+    """Return the fields on which the numbers of a model of class `ours` depend, each in one spelling.
 
     Dropout and initialisation are left out, and so is every axis that this config does not use.
     """
-    names = _names(config) - _WITHOUT_EFFECT - _TRAINING_ONLY
-    found = {name: getattr(config, name) for name in names}
-    language = hasattr(getattr(modeling_urform, ours), "project")
-    encodes, alone = config.architecture == "encoder", ours == "UrformEncoderModel"
-    pairs = config.is_encoder_decoder and not alone
-    classifies = ours in (
-        "UrformForSequenceClassification",
-        "UrformForTokenClassification",
-        "UrformForMultipleChoice",
-        "UrformForQuestionAnswering",
-    )
-    pools = ours in ("UrformForSequenceClassification", "UrformForMultipleChoice")
-    dense = classifies and config.classifier_activation is not None and (pools or config.token_classifier_dense)
-    positions, counting, layout = config.position_encoding, config.position_counting, config.sinusoidal_layout
-    waves = positions == "sinusoidal"
-    absolute = waves or positions == "learned"
-    scaled = positions == "rope" and any(p["rope_type"] != "default" for p in _rope(config).values())
-    sliding = "sliding_attention" in {*config.layer_types, *(config.decoder_layer_types or ())}
-    spelled = {
-        "attention_scale": lambda: config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
-        "attention_out_bias": lambda: (
-            config.attention_bias if config.attention_out_bias is None else config.attention_out_bias
-        ),
-        "final_norm": lambda: config.norm_position != "post" if config.final_norm is None else config.final_norm,
-        "classifier_pooling": lambda: config.classifier_pooling or ("first" if encodes else "last"),
-        "lm_head_activation": lambda: config.lm_head_activation or config.hidden_act,
-        "rope_parameters": lambda: _rope(config) if positions == "rope" else None,
-        "sinusoidal_layout": lambda: "halves" if language and layout == "interleaved" else layout,
-        "position_counting": lambda: "columns" if waves and pairs and counting == "mask" else counting,
-        "pad_token_id": lambda: config.pad_token_id if pools or pairs or config.position_counting == "tokens" else None,
-    }
-    applies = {
-        **dict.fromkeys(("tie_word_embeddings", "lm_head_bias", "lm_head_transform"), language),
-        **dict.fromkeys(("logit_scale", "final_logit_softcapping"), language),
-        "lm_head_activation": language and config.lm_head_transform,
-        "transform_bias": dense or (language and config.lm_head_transform),
-        "classifier_pooling": pools,
-        "classifier_activation": dense or (classifies and pools),
-        "classifier_norm": dense,
-        "classifier_bias": classifies and ours != "UrformForQuestionAnswering",
-        "token_classifier_dense": classifies and not pools,
-        "max_position_embeddings": positions == "learned" or scaled,
-        **dict.fromkeys(("position_offset", "position_counting"), absolute),
-        "sinusoidal_layout": waves,
-        **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), positions == "t5"),
-        "rope_parameters": positions == "rope",
-        "rope_length": positions == "rope" and any(p["rope_type"] in LENGTH_ROPES for p in _rope(config).values()),
-        "sliding_window": sliding,
-        "norm_bias": config.norm_type == "layernorm",
-        **dict.fromkeys(("share_embeddings", *(name for name in names if name.startswith("decoder_"))), pairs),
-        "architecture": not alone,
-    }
-    for name, spell in spelled.items():
-        if name in found:
-            found[name] = spell()
-    found = {name: value for name, value in found.items() if applies.get(name, True)}
-    if classifies:
+    use, found = _Use(config, ours), {}
+    for name in _names(config) - _WITHOUT_EFFECT - _TRAINING_ONLY:
+        applies = use.has_two_stacks if name.startswith("decoder_") else _APPLIES.get(name, lambda use: True)(use)
+        if applies:
+            found[name] = _SPELLED[name](use) if name in _SPELLED else getattr(config, name)
+    if use.classifies:
         found.update(num_labels=config.num_labels, problem_type=config.problem_type)
     return found
 
@@ -163,7 +224,7 @@ def what_matters(config: UrformConfig, ours: str) -> dict[str, Any]:
 
 
 def find_family(stock: PreTrainedConfig) -> Family:
-    """The family of a stock config.
+    """Return the family of a stock config.
 
     Raises:
         ValueError: No table describes its `model_type`.
@@ -180,7 +241,7 @@ def find_family(stock: PreTrainedConfig) -> Family:
 def find_head(
     family: Family, *, stock: str | None = None, ours: str | None = None, came_as: Collection[str] = ()
 ) -> Head:
-    """The row of a family's table for a stock class or for one of ours.
+    """Return the row of a family's table for a stock class or for one of ours.
 
     Where two stock classes are one of ours, it is the first, or the one among `came_as`.
 
@@ -199,7 +260,7 @@ def find_head(
 def urform_config(
     stock: PreTrainedConfig, head: Head | None = None, *, family: Family | None = None, untied: bool = False
 ) -> UrformConfig:
-    """The Urform config of a stock config, checked by converting it back.
+    """Return the Urform config of a stock config, checked by converting it back.
 
     Args:
         stock: A config of one of `FAMILIES`.
@@ -212,62 +273,96 @@ def urform_config(
     """
     family = family or find_family(stock)
     stock = _as_read(stock)
-    if head is None:
-        named = [h for h in family.heads if h.stock in (stock.architectures or ())]
-        head = (named or list(family.heads))[0]
+    head = head or _named_head(family, stock)
     have = _public(stock)
     check_size("num_hidden_layers", stock.num_hidden_layers)  # before lists of that length are made
-    obstacles = {name: repr(have[name]) for name in _REFUSED if have.get(name)}
-    undeclared = have.keys() - _names(stock)
-    obstacles |= {
-        n: repr(have[n]) for n in sorted(_LOOKED_FOR.keys() & undeclared) if not _LOOKED_FOR[n](stock, family)
-    }
+    obstacles = _refused_fields(stock, family, have)
     fields = family.to_urform(stock, head)
     extras = copy.deepcopy(have.get("urform") or {})
+    skipped = {*_BOOKKEEPING, *obstacles}
     if untied:
         fields["tie_word_embeddings"] = False
         extras.pop("tie_word_embeddings", None)
-    kept: dict[str, Any] = {}
+        skipped.add("tie_word_embeddings")
     try:
         config = _with_extras(family, head, fields, extras)
-        if "source_family" not in extras:
-            config.source_family = family.model_type
+        config.source_family = extras.get("source_family", family.model_type)
         back = _public(_build(family, family.to_stock(config, head)))
     except _INVALID as error:
         raise ValueError(_refusal(f"a {type(stock).__name__}", "Urform", obstacles, error)) from error
-    lost = {}
-    for name, value in have.items():
-        if name in _BOOKKEEPING or name in obstacles or (name in back and back[name] == value):
-            continue
-        if name == "tie_word_embeddings" and untied:
-            continue
-        if name in TOKEN_IDS and fields.get(name) is None:  # no token of this vocabulary
-            kept[name] = value
-        elif name in family.training_only:
-            lost[name] = kept[name] = value
-        elif family.idle[name](stock) if name in family.idle else name in family.ignored:
-            kept[name] = value
-        elif name not in family.idle and (name not in back or (back[name] is None and value is False)):
-            kept[name] = value
-        else:
-            obstacles[name] = repr(value)
+    differ = _not_restored(have, back, skipped)
+    losses = _losses(differ, stock, family, fields, back)
+    obstacles |= losses["numbers"]
     if obstacles:
         raise ValueError(_refusal(f"a {type(stock).__name__}", "Urform", obstacles))
-    if lost:
+    if losses["training"]:
         warnings.warn(
-            f"{type(stock).__name__}: only training depends on {_listed({k: repr(v) for k, v in lost.items()})}, which "
-            "Urform lacks; kept in source_fields for the way back",
+            f"{type(stock).__name__}: only training depends on {_listed(losses['training'])}, which Urform lacks; kept "
+            "in source_fields for the way back",
             stacklevel=3,
         )
     if "source_family" not in extras:
         if head is not find_head(family, ours=head.ours):  # two classes there are one here
-            kept["architectures"] = [head.stock]
-        config.source_fields = kept or None
+            differ["architectures"] = [head.stock]
+        config.source_fields = differ or None
     return config
 
 
+def _named_head(family: Family, stock: PreTrainedConfig) -> Head:
+    """Return the row of the class that a config names, else of the backbone."""
+    named = [head for head in family.heads if head.stock in (stock.architectures or ())]
+    return named[0] if named else family.heads[0]
+
+
+def _refused_fields(stock: PreTrainedConfig, family: Family, have: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields that are not converted in any family, and those that only the library reads, as text."""
+    refused = [name for name in _REFUSED if have.get(name)]
+    undeclared = have.keys() - _names(stock)
+    refused += [name for name in sorted(_LOOKED_FOR.keys() & undeclared) if not _LOOKED_FOR[name](stock, family)]
+    return {name: repr(have[name]) for name in refused}
+
+
+def _not_restored(fields: Mapping[str, Any], back: Mapping[str, Any], skipped: Collection[str]) -> dict[str, Any]:
+    """Return the fields that did not come back as they went."""
+    return {k: v for k, v in fields.items() if k not in skipped and (k not in back or back[k] != v)}
+
+
+def _losses(
+    differ: Mapping[str, Any],
+    stock: PreTrainedConfig,
+    family: Family,
+    fields: Mapping[str, Any],
+    back: Mapping[str, Any],
+) -> dict[str, dict[str, str]]:
+    """Return fields of a stock config that did not come back as they went, as text, by what depends on them.
+
+    Args:
+        differ: These fields.
+        stock: The config.
+        family: The family.
+        fields: The fields of ours that were made of the config.
+        back: The fields that came back.
+
+    Returns:
+        {"nothing" | "training" | "numbers": {name: value}}.
+    """
+    losses: dict[str, dict[str, str]] = {"nothing": {}, "training": {}, "numbers": {}}
+    for name, value in differ.items():
+        is_unset = name not in back or (back[name] is None and value is False)
+        if name in TOKEN_IDS and fields.get(name) is None:  # no token of this vocabulary
+            kind = "nothing"
+        elif name in family.training_only:
+            kind = "training"
+        elif name in family.idle:
+            kind = "nothing" if family.idle[name](stock) else "numbers"
+        else:
+            kind = "nothing" if name in family.ignored or is_unset else "numbers"
+        losses[kind][name] = repr(value)
+    return losses
+
+
 def _with_extras(family: Family, head: Head, fields: dict[str, Any], extras: dict[str, Any]) -> UrformConfig:
-    """The config of these fields and of those extras on which no number depends: the family's own fields say those.
+    """Return the config of these fields and of those extras on which no number depends.
 
     An extra may have begun to matter: what a language model did not use may be what a classifier is made of.
     """
@@ -296,7 +391,7 @@ def _build(family: Family, fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def stock_config(config: UrformConfig, family: Family, head: Head) -> PreTrainedConfig:
-    """The stock config of a Urform config for one class of a family, checked by converting it back.
+    """Return the stock config of a Urform config for one class of a family, checked by converting it back.
 
     What it cannot hold and changes no numbers is in its attribute `urform` (a dict), for the way back.
 
@@ -310,12 +405,7 @@ def stock_config(config: UrformConfig, family: Family, head: Head) -> PreTrained
     except _INVALID as error:
         raise ValueError(_refusal("this UrformConfig", family.model_type, {}, error)) from error
     want, have = what_matters(config, head.ours), what_matters(back, head.ours)
-    obstacles = {
-        name: f"{want.get(name)!r} (there {have.get(name)!r})"
-        for name in sorted({*want, *have})
-        if want.get(name) != have.get(name) and name not in family.held_by_weights
-    }
-    if obstacles:
+    if obstacles := _differing(want, have, family):
         raise ValueError(_refusal("this UrformConfig", family.model_type, obstacles))
     if want.get("position_counting") == "columns" and config.position_counting == "mask":
         warnings.warn(
@@ -324,29 +414,35 @@ def stock_config(config: UrformConfig, family: Family, head: Head) -> PreTrained
             stacklevel=3,
         )
     if config.source_family == family.model_type and config.source_fields:
-        again = _build(family, {**fields, **copy.deepcopy(config.source_fields)})
-        if _means(again, head, family, have):
-            stock = again
+        original = _build(family, {**fields, **copy.deepcopy(config.source_fields)})
+        if _means(original, head, family, have):
+            stock = original
             back = UrformConfig(**family.to_urform(stock, head))
-    ours, theirs = _public(config), _public(back)
-    differ = {k: v for k, v in ours.items() if (k not in theirs or theirs[k] != v) and k not in _BOOKKEEPING}
-    lost = {k: v for k, v in differ.items() if k in _TRAINING_ONLY and v is not None}
-    if lost:
+    extras = _not_restored(_public(config), _public(back), _BOOKKEEPING)
+    if training := {k: repr(v) for k, v in extras.items() if k in _TRAINING_ONLY and v is not None}:
         warnings.warn(
-            f"only training depends on {_listed({k: repr(v) for k, v in lost.items()})}, which {family.model_type} "
-            "lacks; kept in its config's attribute `urform` for the way back",
+            f"only training depends on {_listed(training)}, which {family.model_type} lacks; kept in its config's "
+            "attribute `urform` for the way back",
             stacklevel=3,
         )
     if config.source_family != family.model_type:
-        differ.update(source_family=config.source_family, source_fields=config.source_fields)
-    if differ:
-        stock.urform = copy.deepcopy(differ)
+        extras.update(source_family=config.source_family, source_fields=config.source_fields)
+    if extras:
+        stock.urform = copy.deepcopy(extras)
     stock.architectures = [head.stock]
     return stock
 
 
+def _differing(want: Mapping[str, Any], have: Mapping[str, Any], family: Family) -> dict[str, str]:
+    """Return the fields that matter and that a family cannot hold, with both values as text."""
+    names = [name for name in sorted({*want, *have}) if want.get(name) != have.get(name)]
+    return {
+        name: f"{want.get(name)!r} (there {have.get(name)!r})" for name in names if name not in family.held_by_weights
+    }
+
+
 def _means(stock: PreTrainedConfig, head: Head, family: Family, what: dict[str, Any]) -> bool:
-    """Whether a stock config can be expressed, and comes to these numbers."""
+    """Check whether a stock config can be expressed, and comes to these numbers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -356,7 +452,7 @@ def _means(stock: PreTrainedConfig, head: Head, family: Family, what: dict[str, 
 
 
 def choose_family(config: UrformConfig, ours: str, name: str | None = None) -> tuple[Family, Head, PreTrainedConfig]:
-    """The family to convert to: the named one, else where the config comes from, else the first that can express it.
+    """Return the family to convert to: the named one, else the config's source, else the first that can express it.
 
     Raises:
         ValueError: None can, or the named one cannot; with what stands in the way.

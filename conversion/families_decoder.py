@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..configuration.configuration_urform import UrformConfig
-from .family import INTERLEAVED, PARTS, TRANSPOSED, TRANSPOSED_PARTS, Axis, Family, Head, Rule, modules, same
+from .family import INTERLEAVED, PARTS, TRANSPOSED, TRANSPOSED_PARTS, Axis, Family, Head, Rule, filled, modules, same
 
 
 def _heads(
@@ -18,7 +18,7 @@ def _heads(
     token_axes: tuple[Axis, ...] = (),
     renamed: Mapping[str, str] | None = None,
 ) -> tuple[Head, ...]:
-    """The usual classes of a decoder; `kinds` are those that it has besides model and language model.
+    """Return the usual classes of a decoder; `kinds` are those that it has besides model and language model.
 
     The sequence classifier's layer is `score`, without a bias; `tokens` names the token classifier's.
     """
@@ -48,7 +48,7 @@ _ALL = (*_CLASSIFIERS, "ForQuestionAnswering")
 
 
 def _rope_to_urform(rope: dict[str, Any]) -> dict[str, Any]:
-    """The rotary fields; where frequencies follow a length, it is the batch's longest, as in the stock classes."""
+    """Return the rotary fields. Where frequencies follow a length, it is the batch's longest, as in stock classes."""
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     follows = {"rope_length": "batch"} if kinds & {"dynamic", "longrope"} else {}
     return {"rope_parameters": copy.deepcopy(rope), **follows}
@@ -59,7 +59,7 @@ def _rope_to_stock(config: UrformConfig) -> dict[str, Any]:
 
 
 def _as_read(rope: dict[str, Any], per_layer_type: bool = False) -> dict[str, Any]:
-    """Rotary parameters without those that transformers overlooks.
+    """Return rotary parameters without those that transformers overlooks.
 
     They are a `partial_rotary_factor` other than 1, and within a dict per layer type `truncate=False`.
     """
@@ -78,12 +78,12 @@ ROPE = Axis(lambda stock: _rope_to_urform(_as_read(stock.rope_parameters)), _rop
 
 
 def classifier_rate(config: UrformConfig) -> float:
-    """Dropout before the classifier, None resolved."""
+    """Return the dropout before the classifier, None resolved."""
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
 
 
 def _token_rate(stock: Any) -> float:
-    """Dropout before transformers' token classifiers: the first of two fields, few of which a config declares."""
+    """Return the dropout before transformers' token classifiers, from the first of two fields that the config has."""
     rates = (getattr(stock, name, None) for name in ("classifier_dropout", "hidden_dropout"))
     return next((rate for rate in rates if rate is not None), 0.1)
 
@@ -116,7 +116,7 @@ _NEOX_LAYER = {
 
 
 def _fused(stock: str, weight: Any, bias: Any) -> tuple[Rule, ...]:
-    """Rules of one layer for queries, keys and values: `stock` in the layer there, three here."""
+    """Return the rules of one layer for queries, keys and values: `stock` in the layer there, three here."""
     return tuple(
         Rule(f"{stock}.{kind}", tuple(f"decoder.layers.{{i}}.self_attn.{x}_proj.{kind}" for x in "qkv"), op)
         for kind, op in (("weight", weight), ("bias", bias))
@@ -210,7 +210,7 @@ OPT = Family(
         "hidden_dropout_prob": "dropout",
     },
     axes=(
-        Axis(  # OPT 350m normalises behind; checkpoints before transformers 4.20 have no final norm
+        Axis(  # OPT 350m normalises after each sublayer; checkpoints before transformers 4.20 have no final norm
             lambda stock: {
                 "norm_position": "pre" if stock.do_layer_norm_before else "post",
                 "final_norm": stock.do_layer_norm_before and not stock._remove_final_layer_norm,
@@ -355,7 +355,7 @@ MISTRAL = Family(
                 * ["full_attention" if stock.sliding_window is None else "sliding_attention"],
             },
             lambda config: {
-                "sliding_window": config.sliding_window if "sliding_attention" in config.layer_types else None
+                "sliding_window": config.sliding_window if "sliding_attention" in filled(config.layer_types) else None
             },
         ),
     ),
@@ -367,7 +367,7 @@ _QWEN_WINDOW = Axis(
     lambda config: {
         "sliding_window": config.sliding_window,
         "use_sliding_window": config.sliding_window is not None,
-        "layer_types": list(config.layer_types),
+        "layer_types": list(filled(config.layer_types)),
     },
 )
 _QWEN = {**_LLAMA, "mlp_bias": False}
@@ -388,7 +388,7 @@ QWEN2 = Family(
             lambda stock: {"head_dim": getattr(stock, "head_dim", None)},
             lambda config: (
                 {}
-                if config.head_dim * config.num_attention_heads == config.hidden_size
+                if filled(config.head_dim) * config.num_attention_heads == config.hidden_size
                 else {"head_dim": config.head_dim}
             ),
         ),
@@ -409,8 +409,8 @@ QWEN3 = Family(
 
 
 def _query_scalar(config: UrformConfig) -> int:
-    """`query_pre_attn_scalar`, an integer whose root divides the scores."""
-    return config.head_dim if config.attention_scale is None else round(config.attention_scale**-2)
+    """Return `query_pre_attn_scalar`, an integer whose root divides the scores."""
+    return filled(config.head_dim) if config.attention_scale is None else round(config.attention_scale**-2)
 
 
 _GEMMA = {
@@ -447,12 +447,11 @@ GEMMA2 = Family(
 
 
 def rope_per_type(config: UrformConfig) -> dict[str, Any]:
-    """The stock field `rope_parameters` with one entry per layer type."""
-    """`rope_parameters` with one dict per layer type."""
-    given = config.rope_parameters or {}
-    if given and not config.rope_is_per_layer_type:
-        given = dict.fromkeys(("full_attention", "sliding_attention"), given)
-    return {"rope_parameters": copy.deepcopy(given)}
+    """Return the stock field `rope_parameters` with one entry per layer type."""
+    parameters: dict[str, Any] = config.rope_parameters or {}
+    if parameters and not config.rope_is_per_layer_type:
+        parameters = dict.fromkeys(("full_attention", "sliding_attention"), parameters)
+    return {"rope_parameters": copy.deepcopy(parameters)}
 
 
 GEMMA3 = Family(

@@ -5,14 +5,14 @@ from typing import Any
 
 from ..configuration.configuration_urform import UrformConfig
 from .families_decoder import ROPE, USUAL_HEAD_DIM, classifier_rate, rope_per_type
-from .family import PARTS, TWICE, Axis, Family, Head, Rule, modules, same
+from .family import PARTS, TWICE, Axis, Family, Head, Rule, filled, modules, same
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 _OUTPUT = {"classifier": "classifier.out_proj"}
 
 
 def _qa_labels(config: UrformConfig) -> dict[str, Any]:
-    """These classes give every label a row where an answer has two, its start and its end."""
+    """Return two labels where a config has another number: the classes make a row per label, for start and end."""
     if config.num_labels == 2:
         return {}
     return {"id2label": {0: "LABEL_0", 1: "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
@@ -119,7 +119,7 @@ BERT = Family(
     held_by_weights=("type_vocab_size",),
 )
 
-# Positions begin behind the pad token's, whose place in the table is its id.
+# Positions begin after the pad token's, whose place in the table is its id.
 _FAIRSEQ_POSITIONS = Axis(
     lambda stock: {
         "position_offset": 0 if stock.pad_token_id is None else stock.pad_token_id + 1,
@@ -247,7 +247,7 @@ def _modernbert_to_urform(stock: Any) -> dict[str, Any]:
 
 def _modernbert_to_stock(config: UrformConfig) -> dict[str, Any]:
     return {
-        "layer_types": list(config.layer_types),
+        "layer_types": list(filled(config.layer_types)),
         "local_attention": 128 if config.sliding_window is None else 2 * config.sliding_window,
         "classifier_pooling": "mean" if config.classifier_pooling == "mean" else "cls",
         "classifier_activation": config.classifier_activation or "gelu",

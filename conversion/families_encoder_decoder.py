@@ -14,7 +14,7 @@ from .family import RESHAPED, Axis, Family, Head, Rule, modules, same
 
 
 def _both(stock: str, ours: str) -> tuple[Rule, ...]:
-    """A rule for the encoder and one for the decoder."""
+    """Return a rule for the encoder and one for the decoder."""
     return tuple(Rule(f"{side}.{stock}", f"{side}.{ours}") for side in ("encoder", "decoder"))
 
 
@@ -34,7 +34,7 @@ _ALL_OR_NONE = Axis(
 
 
 def _normalizes(family: str, *, before: bool, embedding: bool) -> Axis:
-    """Two fields that the published configs of a family have, and CTranslate2 reads; transformers does not."""
+    """Return two fields that published configs of a family have and CTranslate2 reads, but transformers does not."""
     fields = {"normalize_before": before, "normalize_embedding": embedding}
     return Axis(lambda stock: {}, lambda config: {} if config.source_family == family else fields)
 
@@ -166,7 +166,7 @@ M2M_100 = Family(
     fields=_BART_FIELDS,
     axes=(
         _SHARED_OR_NOT,
-        Axis(  # the pad token's own row of the table is zero, texts begin behind it
+        Axis(  # the pad token's own row of the table is zero, texts begin after it
             lambda stock: {"position_offset": 0 if stock.pad_token_id is None else stock.pad_token_id + 1},
             lambda config: {},
         ),
@@ -177,7 +177,7 @@ M2M_100 = Family(
 
 
 def _waves(shape: torch.Size) -> Tensor:
-    """The sinusoids of Marian and Pegasus, a table in the model, which a checkpoint may lack."""
+    """Return the sinusoids of Marian and Pegasus, a table in the model, which a checkpoint may lack."""
     return MarianSinusoidalPositionalEmbedding(*shape).create_weight()
 
 
@@ -242,7 +242,7 @@ PEGASUS = Family(
 
 
 def _t5_layer(side: str, sublayers: Mapping[int, tuple[str, str]]) -> tuple[Rule, ...]:
-    """Rules of one block; its sublayers stand in a list: place there, (name there, name here)."""
+    """Return the rules of one block; its sublayers stand in a list: place there, (name there, name here)."""
     there, here = f"{side}.block.{{i}}.layer", f"{side}.layers.{{i}}"
     rules = []
     for place, (theirs, ours) in sublayers.items():

@@ -34,12 +34,12 @@ does a tensor without a rule. A worked example, complete but for its other heads
 
 What the engine does by itself: ids of special tokens, labels, `tie_word_embeddings`, dtype (`COMMON`); the prefix of
 the backbone in a class with a head; which rules apply (those whose tensors there are: a bias that neither side has
-needs no mention); tied tensors (a rule for one name is enough, whichever of them a checkpoint holds is read).
+needs no mention); tied tensors (a rule for one name is enough, and a checkpoint may hold any of them).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ from ..configuration.configuration_urform import UrformConfig
 Tensors = Sequence[Tensor]
 Shapes = Sequence[torch.Size]
 Fill = float | Callable[[torch.Size], Tensor]
+T = TypeVar("T")
 
 # Fields of the same name and meaning on both sides, for every family.
 COMMON = (
@@ -56,6 +57,17 @@ COMMON = (
     "bos_token_id eos_token_id tie_word_embeddings"
 ).split()
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+
+
+def filled(value: T | None) -> T:
+    """Return the value of a field that the config itself fills in where the caller leaves it out.
+
+    Raises:
+        ValueError: It is None: the config was not made by its class.
+    """
+    if value is None:
+        raise ValueError("a field that UrformConfig fills in is None; make the config with UrformConfig(...)")
+    return value
 
 
 class Op(NamedTuple):
@@ -101,7 +113,9 @@ PARTS = Op(_cut, _join)  # one tensor there is several here, one below the other
 TRANSPOSED_PARTS = Op(lambda x, s, c: _cut(_turn(x, s, c), s, c), lambda x, s, c: _turn(_join(x, s, c), s, c))
 INTERLEAVED = Op(_deal, _shuffle)  # (head, q|k|v, width) there
 # Two names there for one tensor. Untied they are two, of which nothing reads the second (BERT's output bias).
-TWICE = Op(lambda tensors, shapes, config: tensors[:1], lambda tensors, shapes, config: (tensors[0], tensors[0]))
+TWICE = Op(
+    lambda tensors, shapes, config: tensors[:1], lambda tensors, shapes, config: (tensors[0], tensors[0].clone())
+)
 
 
 @dataclass(frozen=True)
@@ -124,14 +138,14 @@ class Rule:
     fill: Fill | None = None
 
     def names(self, layer: int) -> tuple[list[str], list[str]]:
-        """The names there and here for one layer."""
+        """Return the names there and here for one layer."""
         sides = ((side,) if isinstance(side, str) else side for side in (self.stock, self.ours))
         stock, ours = ([name.replace("{i}", str(layer)) for name in side] for side in sides)
         return stock, ours
 
 
 def modules(stock: str, ours: str, names: Mapping[str, str], op: Op = COPY) -> tuple[Rule, ...]:
-    """Rules for weight and bias of modules: prefix there, prefix here, {name there: name here}; `op` on the weight."""
+    """Return rules for weight and bias of modules: prefix there and here, {name there: name here}, `op` for weights."""
     return tuple(
         Rule(f"{stock}{theirs}.{kind}", f"{ours}{own}.{kind}", op if kind == "weight" else COPY)
         for theirs, own in names.items()
@@ -147,7 +161,7 @@ class Axis(NamedTuple):
 
 
 def same(*names: str) -> dict[str, str]:
-    """Fields of the same name on both sides; standard names work where the stock config maps them to its own."""
+    """Return fields of the same name on both sides; names that the stock config maps to its own work too."""
     return {name: name for name in names}
 
 
@@ -212,7 +226,7 @@ class Family:
     held_by_weights: tuple[str, ...] = ()
 
     def reorders(self, config: UrformConfig) -> bool:
-        """Whether its sinusoids are ours (Vaswani et al. 2017) but for the order of the features.
+        """Check whether its sinusoids are ours (Vaswani et al. 2017) but for the order of the features.
 
         Sines and cosines alternate here and stand in two halves there. A Transformer does not care in which order the
         features of its residual stream are, if all that read and write it agree: the conversion changes the order. So
@@ -221,7 +235,7 @@ class Family:
         return (self.fixed.get("sinusoidal_layout"), config.sinusoidal_layout) == ("halves", "interleaved")
 
     def to_urform(self, stock: Any, head: Head) -> dict[str, Any]:
-        """The fields of our config for a stock config, unchecked."""
+        """Return the fields of our config for a stock config, unchecked."""
         fields: dict[str, Any] = dict.fromkeys(("hidden_dropout_prob", "attention_dropout", "activation_dropout"), 0.0)
         fields.update(dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")))
         fields.update({name: getattr(stock, name) for name in COMMON if hasattr(stock, name)})
@@ -237,7 +251,7 @@ class Family:
         return fields
 
     def to_stock(self, config: UrformConfig, head: Head) -> dict[str, Any]:
-        """The fields of the stock config for ours, unchecked."""
+        """Return the fields of the stock config for ours, unchecked."""
         fields: dict[str, Any] = {name: getattr(config, name) for name in COMMON}
         fields.update({theirs: getattr(config, ours) for ours, theirs in self.fields.items()})
         for axis in (*self.axes, *head.axes):

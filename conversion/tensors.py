@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..configuration.configuration_urform import UrformConfig
-from .family import COPY, TWICE, Family, Fill, Head, Op, Shapes, Tensors
+from .family import COPY, TWICE, Family, Fill, Head, Op, Rule, Shapes, Tensors
 
 SOURCE_WEIGHTS = "source_weights."  # the module of ours that holds what is only kept
 
 Transform = Callable[[Tensors, Shapes, UrformConfig], Tensors]
+Instance = tuple[Rule, tuple[str, ...], tuple[str, ...]]  # a rule for one layer, names there, names here
 
 
 class Step(NamedTuple):
@@ -46,14 +47,18 @@ class Side(NamedTuple):
     prefix: str
     saved: Mapping[str, str | None] = {}
 
+    def shapes_of(self, names: Sequence[str]) -> tuple[torch.Size, ...]:
+        """Return the shapes of tensors in the order of their names."""
+        return tuple(self.shapes[name] for name in names)
+
     def holding(self, tensors: Mapping[str, torch.Size]) -> "Side":
-        """With tensors that a checkpoint has and the class has not."""
+        """Return the side with further tensors, which a checkpoint has and the class lacks."""
         alone = {name: (name,) for name in tensors if name not in self.tied}
         return self._replace(shapes={**tensors, **self.shapes}, tied={**alone, **self.tied})
 
     @classmethod
     def of(cls, model: PreTrainedModel, untied: Collection[str] = ()) -> "Side":
-        """Of a model on any device, meta too; `untied` names tensors to be counted alone."""
+        """Return the side of a model on any device, meta too; `untied` names tensors that count as not shared."""
         tensors = model.state_dict(keep_vars=True)
         groups: dict[Any, list[str]] = {}
         for name, tensor in tensors.items():
@@ -68,8 +73,13 @@ class Side(NamedTuple):
         )
 
 
-def _instances(family: Family, head: Head, config: UrformConfig, stock: Side, ours: Side) -> Iterator[tuple]:
-    """Every rule for every layer, as (rule, names there, names here)."""
+def is_dropped(head: Head, name: str) -> bool:
+    """Check whether a stock tensor has no place here, by the table."""
+    return any(re.fullmatch(pattern, name) for pattern in head.dropped)
+
+
+def _instances(family: Family, head: Head, config: UrformConfig, stock: Side, ours: Side) -> Iterator[Instance]:
+    """Yield every rule for every layer."""
     layers = max(config.num_hidden_layers, config.decoder_num_hidden_layers or 0)
     for rules, there, here in ((family.weights, stock.prefix, ours.prefix), (head.weights, "", "")):
         for rule in rules:
@@ -78,9 +88,34 @@ def _instances(family: Family, head: Head, config: UrformConfig, stock: Side, ou
                 yield rule, tuple(there + name for name in theirs), tuple(here + name for name in own)
 
 
-def is_dropped(head: Head, name: str) -> bool:
-    """Whether a stock tensor has no place here, by the table."""
-    return any(re.fullmatch(pattern, name) for pattern in head.dropped)
+def _that_apply(
+    instances: Iterator[Instance],
+    stock: Side,
+    ours: Side,
+    kept: Collection[str],
+    reorder: bool,
+) -> Iterator[Instance]:
+    """Yield the rules whose tensors both sides have. Where ours lacks them and they can be filled, its names are ().
+
+    Args:
+        instances: Every rule for every layer.
+        stock: The tensors there.
+        ours: The tensors here.
+        kept: Names there of tensors that are only kept here.
+        reorder: Whether the features of the residual stream change their order.
+    """
+    for rule, theirs, own in instances:
+        if rule.op is TWICE and theirs[1] in kept:
+            rule, theirs = replace(rule, op=COPY), theirs[:1]
+        if reorder:
+            rule = replace(rule, op=_reordered(rule.op, own))
+        here = all(name in ours.shapes for name in own)
+        if all(name in stock.shapes for name in theirs) and (here or rule.fill is not None):
+            yield rule, theirs, own if here else ()
+
+
+def _copy(source: str, target: str, side: Side) -> Step:
+    return Step((source,), (target,), side.shapes_of((target,)), COPY.to_ours)
 
 
 def plan(
@@ -93,7 +128,7 @@ def plan(
     back: bool,
     kept: Mapping[str, str],
 ) -> list[Step]:
-    """Which tensors become which; `back` is the way from Urform to the stock class.
+    """Return which tensors become which; `back` is the way from Urform to the stock class.
 
     Args:
         family: The family.
@@ -107,30 +142,23 @@ def plan(
     Raises:
         ValueError: A tensor of either side has no rule: the table is incomplete.
     """
-    left_theirs = {name for name in stock.shapes if not is_dropped(head, name)}
+    dropped = {name for name in stock.shapes if is_dropped(head, name)}
+    left_theirs = stock.shapes.keys() - dropped
     left_ours = {name for name in ours.shapes if SOURCE_WEIGHTS not in name}
     steps: list[Step] = []
-    for rule, theirs, own in _instances(family, head, config, stock, ours):
-        if rule.op is TWICE and theirs[1] in kept:
-            rule, theirs = replace(rule, op=COPY), theirs[:1]
-        if family.reorders(config):
-            rule = replace(rule, op=_reordered(rule.op, own))
-        here = all(name in ours.shapes for name in own)
-        if not all(name in stock.shapes for name in theirs) or not (here or rule.fill is not None):
-            continue
-        own = own if here else ()
-        sources, targets, side = (own, theirs, stock) if back else (theirs, own, ours)
-        left = left_theirs if back else left_ours
-        if not targets or left.intersection(targets):  # else written already, under the name of a tied tensor
-            shapes = tuple(side.shapes[name] for name in targets)
-            op = rule.op.to_stock if back else rule.op.to_ours
-            steps.append(Step(sources, targets, shapes, op, rule.fill))
+    rules = _instances(family, head, config, stock, ours)
+    for rule, theirs, own in _that_apply(rules, stock, ours, kept, family.reorders(config)):
+        if back:
+            step, left = Step(own, theirs, stock.shapes_of(theirs), rule.op.to_stock, rule.fill), left_theirs
+        else:
+            step, left = Step(theirs, own, ours.shapes_of(own), rule.op.to_ours, rule.fill), left_ours
+        if not step.targets or left.intersection(step.targets):  # else written already, under a tied tensor's name
+            steps.append(step)
         left_theirs.difference_update(*(stock.tied[name] for name in theirs))
         left_ours.difference_update(*(ours.tied[name] for name in own))
-    for name, own_name in kept.items():
-        if name in left_theirs or name not in stock.shapes or is_dropped(head, name):  # else a rule has its place
-            source, target, side = (own_name, name, stock) if back else (name, own_name, ours)
-            steps.append(Step((source,), (target,), (side.shapes[target],), COPY.to_ours))
+    placed = stock.shapes.keys() - left_theirs - dropped  # by a rule
+    for name in sorted(kept.keys() - placed):
+        steps.append(_copy(kept[name], name, stock) if back else _copy(name, kept[name], ours))
     left_theirs -= kept.keys()
     if left_theirs or left_ours:
         raise ValueError(
@@ -147,7 +175,7 @@ _FEATURES = (  # which axis of our tensors is the residual stream's
 
 
 def _reordered(op: Op, names: Sequence[str]) -> Op:
-    """The same between tensors of ours (`names`) of alternating features and stock ones of features in halves."""
+    """Return the op between our tensors (`names`), whose features alternate, and stock ones with features in halves."""
     axes = [next((axis for name, axis in _FEATURES if name.search(own)), None) for own in names]
 
     def halve(tensors: Tensors, shapes: Shapes, config: UrformConfig) -> Tensors:
@@ -169,7 +197,7 @@ def _select(tensors: Tensors, axes: Sequence[int | None], order: Tensor) -> Tens
 
 
 def run_step(step: Step, read: Callable[[str], Tensor], config: UrformConfig) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a step by name, as its rule makes them of what `read` gives for a name.
+    """Yield the tensors of a step by name. Its rule makes them of the sources, which `read` returns by name.
 
     Raises:
         ValueError: A tensor has another shape than the config says, or should be constant and is not.
@@ -193,7 +221,7 @@ def _full(shape: torch.Size, fill: Fill) -> Tensor:
 
 
 def reader(state: Mapping[str, Tensor], side: Side) -> Callable[[str], Tensor]:
-    """How to read a tensor of a side from `state`, under whichever of its tied names it is there."""
+    """Return a function that reads a tensor of a side from `state`, under any of the tied names."""
 
     def read(name: str) -> Tensor:
         found = [twin for twin in dict.fromkeys((name, *side.tied[name])) if twin in state]

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from ..configuration.configuration_urform import UrformConfig
 from ..modeling import modeling_urform
-from .convert import Conversion, Side, assemble, empty, plan
+from .engine import Conversion, assemble, empty
 from .family import PARTS, Family, Head, Rule, modules
+from .tensors import Side, plan
 
 _ACTIVATIONS: dict[Callable, str] = {
     functional.relu: "relu",
@@ -32,13 +33,13 @@ _ACTIVATION_MODULES = {"ReLU": "relu", "SiLU": "silu", "Mish": "mish", "Tanh": "
 _OPEN = ("hidden_dropout_prob", "attention_dropout", "activation_dropout", "hidden_act")
 
 
-def _activation(layer: nn.Module) -> str | None:
-    given = layer.activation
-    if isinstance(given, nn.GELU):
-        return "gelu_pytorch_tanh" if given.approximate == "tanh" else "gelu"
-    if isinstance(given, nn.Module):
-        return _ACTIVATION_MODULES.get(type(given).__name__)
-    return _ACTIVATIONS.get(given)
+def _activation(layer: Any) -> str | None:
+    activation = layer.activation
+    if isinstance(activation, nn.GELU):
+        return "gelu_pytorch_tanh" if activation.approximate == "tanh" else "gelu"
+    if isinstance(activation, nn.Module):
+        return _ACTIVATION_MODULES.get(type(activation).__name__)
+    return _ACTIVATIONS.get(activation)
 
 
 def _layer_rules(stock: str, ours: str, cross: bool) -> tuple[Rule, ...]:
@@ -59,11 +60,16 @@ def _layer_rules(stock: str, ours: str, cross: bool) -> tuple[Rule, ...]:
     )
 
 
+def _layers(stack: Any) -> list[Any]:
+    """Return the layers of a stack. `_check_stack` has checked their class, whose attributes PyTorch does not type."""
+    return list(stack.layers)
+
+
 def _facts(stack: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What each module of a stack says, as (field of the config, value)."""
+    """Yield what each module of a stack says, as (field of the config, value)."""
     final = stack.norm
     yield "final_norm", final is not None
-    for layer in stack.layers:
+    for layer in _layers(stack):
         yield "norm_position", "pre" if layer.norm_first else "post"
         yield "hidden_act", _activation(layer)
         yield "intermediate_size", layer.linear1.out_features
@@ -84,26 +90,32 @@ def _facts(stack: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _check_stack(stack: nn.Module, name: str, kind: type[nn.Module], layer_kind: type[nn.Module]) -> None:
     """Raise ValueError unless a stack is PyTorch's own, of which the fields below are all there is to know."""
-    layers = list(stack.layers) if type(stack) is kind else []
-    strange = [type(layer).__name__ for layer in layers if type(layer) is not layer_kind]
-    if type(stack) is not kind or strange or not layers:
+    layers = _layers(stack) if type(stack) is kind else []
+    strange = {type(layer).__name__ for layer in layers if type(layer) is not layer_kind}
+    if strange or not layers:
         raise ValueError(
-            f"{name} is a {type(stack).__name__} of {sorted(set(strange)) or 'no layers'}; only nn.{kind.__name__} of "
+            f"{name} is a {type(stack).__name__} of {sorted(strange) or 'no layers'}; only nn.{kind.__name__} of "
             f"nn.{layer_kind.__name__} computes what is known, a class of its own need not"
         )
     for path, module in stack.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
-                raise ValueError(f"{name}.{path} has kdim, vdim, add_bias_kv or add_zero_attn, which Urform lacks")
-        elif "norm" in path.rpartition(".")[2] and (type(module) is not nn.LayerNorm or module.weight is None):
-            raise ValueError(f"{name}.{path} is {module}; only nn.LayerNorm with a weight is known")
+        _check_part(module, f"{name}.{path}")
 
 
-def _one_value(facts: Iterator[tuple[str, Any]], where: str, given: dict[str, Any]) -> dict[str, Any]:
+def _check_part(module: nn.Module, path: str) -> None:
+    """Raise ValueError for an attention or a norm that Urform cannot compute."""
+    if isinstance(module, nn.MultiheadAttention):
+        if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
+            raise ValueError(f"{path} has kdim, vdim, add_bias_kv or add_zero_attn, which Urform lacks")
+    elif "norm" in path.rpartition(".")[2] and (type(module) is not nn.LayerNorm or module.weight is None):
+        raise ValueError(f"{path} is {module}; only nn.LayerNorm with a weight is known")
+
+
+def _one_value(facts: Iterator[tuple[str, Any]], where: str, named: dict[str, Any]) -> dict[str, Any]:
+    """Return the one value of each fact; what the caller has named replaces what `_OPEN` leaves to the caller."""
     found: dict[str, set[Any]] = {}
     for name, value in facts:
         found.setdefault(name, set()).add(value)
-    settled = {name: given[name] for name in _OPEN if name in given}
+    settled = {name: named[name] for name in _OPEN if name in named}
     found = {name: values for name, values in found.items() if name not in settled}
     several = {name: sorted(values) for name, values in found.items() if len(values) > 1}
     if several:
@@ -114,7 +126,7 @@ def _one_value(facts: Iterator[tuple[str, Any]], where: str, given: dict[str, An
 
 
 def _table(positions: nn.Embedding | Tensor, width: int, name: str) -> Tensor:
-    """A table of positions `[length, E]`; a dimension of one for the batch is dropped."""
+    """Return a table of positions `[length, E]`; a dimension of one for the batch is dropped."""
     table = _embedding(positions, width, name).weight if isinstance(positions, nn.Embedding) else positions
     kept = [size for size in table.shape if size != 1] if table.ndim == 3 else list(table.shape)
     if len(kept) != 2 or kept[1] != width:
@@ -123,11 +135,11 @@ def _table(positions: nn.Embedding | Tensor, width: int, name: str) -> Tensor:
 
 
 def _position_tables(stacks: dict[str, nn.Module], width: int, positions: Any, of_target: Any) -> dict[str, Tensor]:
-    """The learned table of each stack, of one length; none: an empty dict."""
+    """Return the learned table of each stack, all of one length; an empty dict if there are none."""
     if positions is None or isinstance(positions, str):
         if of_target is not None or positions not in (None, "sinusoidal"):
             raise ValueError(
-                f'positions={positions!r} is neither a table, "sinusoidal" nor None, or has decoder_positions beside it'
+                f'positions={positions!r} is neither a table, "sinusoidal" nor None, or comes with decoder_positions'
             )
         return {}
     tables = dict.fromkeys(stacks, _table(positions, width, "positions"))
@@ -148,7 +160,7 @@ def _embedding(module: nn.Embedding, width: int, name: str) -> nn.Embedding:
 
 
 def _stacks(module: nn.Module, causal: bool) -> dict[str, nn.Module]:
-    """Our name of each stack to the module."""
+    """Return the stacks of a module by our names."""
     if isinstance(module, nn.Transformer):
         _check_stack(module.encoder, "encoder", nn.TransformerEncoder, nn.TransformerEncoderLayer)
         _check_stack(module.decoder, "decoder", nn.TransformerDecoder, nn.TransformerDecoderLayer)
@@ -169,7 +181,7 @@ def _stacks(module: nn.Module, causal: bool) -> dict[str, nn.Module]:
 
 
 def _head(stacks: dict[str, nn.Module], output: nn.Linear | None, vocab_size: int) -> tuple[str, str]:
-    """Our class for an output layer, and what it calls that."""
+    """Return our class for an output layer, and the name of that layer in it."""
     if output is None:
         return "UrformModel", ""
     if output.out_features == vocab_size:
@@ -192,7 +204,7 @@ def from_torch_transformer(
     causal: bool = False,
     **fields: Any,
 ) -> PreTrainedModel:
-    """A Urform model of PyTorch's own Transformer, with the same weights and the same numbers.
+    """Return a Urform model of PyTorch's own Transformer, with the same weights and the same numbers.
 
     It computes `output(module(embeddings(ids) * scale + positions[:length]))`, where a decoder has the causal mask
     and padding is masked on both sides (`*_key_padding_mask`); a module that ran without masks computed something
@@ -204,7 +216,8 @@ def from_torch_transformer(
         embeddings: The tokens' embeddings, of the source or of both sides.
         decoder_embeddings: Those of the target, as many. None: the same.
         positions: A learned table, an `nn.Embedding` or a tensor `[length, E]` or `[1, length, E]` (also a buffer);
-            `"sinusoidal"` computes the waves of Vaswani et al. 2017, section 3.5, of any length. None: no positions.
+            `"sinusoidal"` computes the sinusoids of Vaswani et al. 2017, section 3.5, of any length. None:
+            no positions.
         decoder_positions: The target's table, as long. None: the same, of which each side gets a copy.
         output: The output layer: over the vocabulary it makes a language model; of another width, over the states of
             one stack, a token classifier. Sharing the weight of the embeddings, it stays tied to them. None: the
@@ -227,65 +240,86 @@ def from_torch_transformer(
         raise ValueError(
             "decoder_embeddings and decoder_positions are for nn.Transformer; there is one stack: drop them"
         )
-    width = next(iter(stacks.values())).layers[0].linear1.in_features
-    tables = dict.fromkeys(stacks, _embedding(embeddings, width, "embeddings"))
-    if decoder_embeddings is not None and decoder_embeddings is not embeddings:
-        tables["decoder"] = _embedding(decoder_embeddings, width, "decoder_embeddings")
-    state = {f"{side}.{name}": tensor for side, stack in stacks.items() for name, tensor in stack.state_dict().items()}
-    state.update({f"{side}.embed_tokens.weight": table.weight for side, table in tables.items()})
+    width = _layers(next(iter(stacks.values())))[0].linear1.in_features
+    tables = _token_tables(stacks, width, embeddings, decoder_embeddings)
     derived = _read_config(stacks, tables, fields)
     derived["hidden_size"], derived["scale_embedding"] = width, scale_embedding
-    places = _position_tables(stacks, width, positions, decoder_positions)
-    state.update({f"{side}.embed_positions.weight": table for side, table in places.items()})
-    derived["position_encoding"] = "learned" if places else positions or "none"
-    if places:
-        derived["max_position_embeddings"] = next(iter(places.values())).shape[0]
-    if positions is not None:
-        derived["position_counting"] = "columns"
+    position_tables = _position_tables(stacks, width, positions, decoder_positions)
+    derived.update(_read_positions(position_tables, positions))
     name, place = _head(stacks, output, derived["vocab_size"])
     if output is not None:
         derived.update(_read_output(output, place, tables))
-        state.update({f"{place}.{kind}": tensor for kind, tensor in output.state_dict().items()})
         if place != "lm_head":
             fields.setdefault("id2label", {i: f"LABEL_{i}" for i in range(output.out_features)})
     said = sorted(name for name in fields if name in derived and name not in _OPEN)
     if said:
         raise ValueError(f"{', '.join(said)} follow from the modules; give only what they do not say")
     config = UrformConfig(**{"pad_token_id": embeddings.padding_idx, **_NO_TOKENS, **fields, **derived})
+    state = _named_tensors(stacks, tables, position_tables)
+    if output is not None:
+        state |= {f"{place}.{kind}": tensor for kind, tensor in output.state_dict().items()}
     return _build(module, name, config, state, stacks, place).train(module.training)
 
 
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "initializer": "xavier"}
 
 
+def _token_tables(
+    stacks: dict[str, nn.Module], width: int, embeddings: nn.Embedding, of_target: nn.Embedding | None
+) -> dict[str, nn.Embedding]:
+    """Return the tokens' embeddings of each stack."""
+    tables = dict.fromkeys(stacks, _embedding(embeddings, width, "embeddings"))
+    if of_target is not None and of_target is not embeddings:
+        tables["decoder"] = _embedding(of_target, width, "decoder_embeddings")
+    return tables
+
+
 def _read_config(
-    stacks: dict[str, nn.Module], tables: dict[str, nn.Embedding], given: dict[str, Any]
+    stacks: dict[str, nn.Module], tables: dict[str, nn.Embedding], named: dict[str, Any]
 ) -> dict[str, Any]:
-    """The fields that stacks and embeddings say."""
+    """Return the fields that stacks and embeddings say; `named` are those that the caller says."""
     own = ("num_attention_heads", "intermediate_size")
     shared = ((name, value) for stack in stacks.values() for name, value in _facts(stack) if name not in own)
-    fields = _one_value(shared, " and ".join(stacks), given)
+    fields = _one_value(shared, " and ".join(stacks), named)
     fields["architecture"] = "-".join(stacks)
     for side, stack in stacks.items():
         prefix = "decoder_" if side == "decoder" and len(stacks) == 2 else ""
         sizes = _one_value((fact for fact in _facts(stack) if fact[0] in own), side, {})
         fields.update({f"{prefix}{name}": value for name, value in sizes.items()})
-        fields[f"{prefix}num_hidden_layers"] = len(stack.layers)
-    for name, kind in (("num_embeddings", "vocab_size"), ("padding_idx", "freeze_pad_embedding")):
-        values = {getattr(table, name) for table in tables.values()}
-        if len(values) > 1:
-            raise ValueError(f"embeddings and decoder_embeddings differ in {name}: {values}; Urform has one for both")
-        fields[kind] = values.pop()
-    pad = fields["freeze_pad_embedding"]
-    fields["freeze_pad_embedding"] = pad is not None
-    if pad is not None and given.get("pad_token_id", pad) != pad:
-        raise ValueError(f"pad_token_id={given['pad_token_id']}, but the embeddings' padding_idx is {pad}")
-    fields["share_embeddings"] = len({id(table.weight) for table in tables.values()}) == 1
+        fields[f"{prefix}num_hidden_layers"] = len(_layers(stack))
+    return {**fields, **_read_embeddings(tables, named)}
+
+
+def _read_embeddings(tables: dict[str, nn.Embedding], named: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that the tokens' embeddings say."""
+    values = {}
+    for name in ("num_embeddings", "padding_idx"):
+        several = {getattr(table, name) for table in tables.values()}
+        if len(several) > 1:
+            raise ValueError(f"embeddings and decoder_embeddings differ in {name}: {several}; Urform has one for both")
+        values[name] = several.pop()
+    pad = values["padding_idx"]
+    if pad is not None and named.get("pad_token_id", pad) != pad:
+        raise ValueError(f"pad_token_id={named['pad_token_id']}, but the embeddings' padding_idx is {pad}")
+    return {
+        "vocab_size": values["num_embeddings"],
+        "freeze_pad_embedding": pad is not None,
+        "share_embeddings": len({id(table.weight) for table in tables.values()}) == 1,
+    }
+
+
+def _read_positions(tables: dict[str, Tensor], positions: Any) -> dict[str, Any]:
+    """Return the fields that the positions say."""
+    fields: dict[str, Any] = {"position_encoding": "learned" if tables else positions or "none"}
+    if tables:
+        fields["max_position_embeddings"] = next(iter(tables.values())).shape[0]
+    if positions is not None:
+        fields["position_counting"] = "columns"
     return fields
 
 
 def _read_output(output: nn.Linear, place: str, tables: dict[str, nn.Embedding]) -> dict[str, Any]:
-    """The fields that the output layer says."""
+    """Return the fields that the output layer says."""
     if place != "lm_head":
         return {"classifier_bias": output.bias is not None, "classifier_activation": None}
     *others, last = tables.values()
@@ -293,6 +327,15 @@ def _read_output(output: nn.Linear, place: str, tables: dict[str, nn.Embedding])
     if not tied and any(output.weight is table.weight for table in others):
         raise ValueError("output has the weight of the source's embeddings, Urform ties it to the target's")
     return {"tie_word_embeddings": tied, "lm_head_bias": output.bias is not None}
+
+
+def _named_tensors(
+    stacks: dict[str, nn.Module], tables: dict[str, nn.Embedding], position_tables: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors of stacks and tables, by the names that `_layer_rules` has for them."""
+    state = {f"{side}.{name}": tensor for side, stack in stacks.items() for name, tensor in stack.state_dict().items()}
+    state |= {f"{side}.embed_tokens.weight": table.weight for side, table in tables.items()}
+    return state | {f"{side}.embed_positions.weight": table for side, table in position_tables.items()}
 
 
 def _build(
@@ -303,7 +346,7 @@ def _build(
     stacks: dict[str, nn.Module],
     place: str,
 ) -> PreTrainedModel:
-    """The model of that class and config, with the tensors of `state`."""
+    """Return the model of that class and config, with the tensors of `state`."""
     rules = tuple(rule for side in stacks for rule in _layer_rules(side, side, len(stacks) == 2 and side == "decoder"))
     family = Family("torch.nn", "", (), rules)
     head = Head(name, type(module).__name__, modules("", "", {place: place}) if place else ())
@@ -312,4 +355,5 @@ def _build(
     steps = plan(family, head, config, source, target, back=False, kept={})
     conversion = Conversion(family, head, config, config, steps, source, target)
     weight = next(iter(state.values()))
-    return assemble(conversion, state, weight.dtype, back=False).to(weight.device)
+    model: Any = assemble(conversion, state, weight.dtype, back=False)
+    return model.to(weight.device)

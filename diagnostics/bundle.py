@@ -1,7 +1,7 @@
 """`urform doctor bundle`: is a published checkpoint what it was when it was published? No code of it is run.
 
 Every file is compared with the sha256 in the stamp (`publishing/bundle_stamp.py`). The stamp is no signature: it
-finds what was damaged, truncated or edited, not what was published anew by somebody else.
+finds what was damaged, truncated or edited, not what somebody else published again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class BundleReport:
         return not self.faults
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report for JSON."""
         return {"ok": self.ok, **asdict(self)}
 
     def to_text(self) -> str:

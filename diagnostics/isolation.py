@@ -53,11 +53,11 @@ class IsolationReport:
         return next(check for check in self.checks if check.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; an infinite movement (NaN in the outputs) becomes a string."""
+        """Return the report for JSON; an infinite movement (NaN in the outputs) becomes a string."""
         return jsonable({"ok": self.ok, **asdict(self)})
 
     def to_text(self) -> str:
-        """Give the table and, below it, what was found and what to do."""
+        """Return the table and, below it, what was found and what to do."""
         rows = [["check", "status", "movement", "tolerance", "power", ""]]
         for c in self.checks:
             numbers = ("-" if x is None else f"{x:.1e}" for x in (c.movement, c.tolerance, c.power))
@@ -117,16 +117,22 @@ def check_isolation(
         probe = Probe(model)
         answers = probe.answers(list(CHECKS) if checks is None else checks)
         return IsolationReport(
-            name, probe.kind, str(model.config._attn_implementation), str(model.dtype).removeprefix("torch."),
-            str(probe.device), answers,
-        )  # fmt: skip
+            name,
+            probe.kind,
+            str(model.config._attn_implementation),
+            str(model.dtype).removeprefix("torch."),
+            str(probe.device),
+            answers,
+        )
 
 
 def _check_name(attn_implementation: str | None) -> None:
     known = sorted({"eager", *AttentionInterface().valid_keys()})
     if attn_implementation is not None and attn_implementation not in known and "/" not in attn_implementation:
-        raise ValueError(f"attn_implementation={attn_implementation!r} is not known to transformers; use one of "
-                         f"{known}, or the Hub id of a kernel")  # fmt: skip
+        raise ValueError(
+            f"attn_implementation={attn_implementation!r} is not known to transformers; use one of "
+            f"{known}, or the Hub id of a kernel"
+        )
 
 
 def _load(
@@ -151,14 +157,16 @@ def _load(
     except (OSError, ValueError, ImportError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         asked = "" if attn_implementation is None else f" with attn_implementation={attn_implementation!r}"
-        raise ValueError(f"model={name!r} could not be loaded{asked} ({' '.join(lines[:2])}); give the folder of a "
-                         "saved model (with its config.json) or a Hub id") from error  # fmt: skip
+        raise ValueError(
+            f"model={name!r} could not be loaded{asked} ({' '.join(lines[:2])}); give the folder of a "
+            "saved model (with its config.json) or a Hub id"
+        ) from error
     return model.to(place)
 
 
 @contextmanager
 def _as_probed(model: PreTrainedModel, attn_implementation: str | None) -> Iterator[None]:
-    """Evaluation mode and the wanted attention, and everything back afterwards."""
+    """Set evaluation mode and the wanted attention; restore both afterwards."""
     modes = {module: module.training for module in model.modules()}
     before = [(config, config._attn_implementation_internal) for config in configs_of(model)]
     try:
@@ -174,16 +182,19 @@ def _as_probed(model: PreTrainedModel, attn_implementation: str | None) -> Itera
 
 
 def _set_attention(model: PreTrainedModel, attn_implementation: str) -> None:
-    """Set it, and refuse where that only looks as if: older classes bring their own attention and ignore others."""
+    """Set the attention; refuse where it has no effect: older classes bring their own attention and ignore others."""
     old, own = model.config._attn_implementation, ("eager", "sdpa", "flash_attention_2")
     try:
         if attn_implementation != old:
             model.set_attn_implementation(attn_implementation)
     except (ValueError, ImportError, OSError) as error:
-        raise ValueError(f"attn_implementation={attn_implementation!r} cannot be set on {type(model).__name__}: "
-                         f"{error}") from error  # fmt: skip
+        raise ValueError(
+            f"attn_implementation={attn_implementation!r} cannot be set on {type(model).__name__}: {error}"
+        ) from error
     fixed = attn_implementation not in own and not model._can_set_attn_implementation()
     if fixed or (attn_implementation != old and model.config._attn_implementation == old):
-        raise ValueError(f"attn_implementation={attn_implementation!r} has no effect on {type(model).__name__}, whose "
-                         "code does not use AttentionInterface; leave the argument out to look at its own "
-                         "attention")  # fmt: skip
+        raise ValueError(
+            f"attn_implementation={attn_implementation!r} has no effect on {type(model).__name__}, whose "
+            "code does not use AttentionInterface; leave the argument out to look at its own "
+            "attention"
+        )

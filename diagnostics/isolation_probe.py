@@ -26,8 +26,8 @@ CHECKS: dict[str, str] = {
     "padding-left": "content of padding on the left",
     "cross-attention": "content of padding in the source, seen through cross-attention",
     "causality": "later tokens",
-    "packing-position-ids": "neighbours packed by position_ids that begin anew, no attention_mask, no cache",
-    "packing-ones-mask": "the same beside an attention_mask of ones",
+    "packing-position-ids": "neighbours packed by position_ids that restart, no attention_mask, no cache",
+    "packing-ones-mask": "the same with an attention_mask of ones",
     "packing-cu-seqlens": "neighbours packed by cu_seq_lens_q/k and max_length_q/k (and position_ids)",
     "packing-cache": "neighbours packed by position_ids, with use_cache=True",
     "packing-given-cache": "neighbours packed by position_ids, with a DynamicCache given",
@@ -41,7 +41,7 @@ _ADVICE = {
     "causality": "use attn_implementation='sdpa', 'eager' or 'urform'; check that the mask function is registered",
     "packing-position-ids": "pass cu_seq_lens_q/k and max_length_q/k with attn_implementation='urform' or a flash "
     "attention; position_ids alone are enough where the model hands them to an attention that reads them",
-    "packing-ones-mask": "leave attention_mask out beside packed position_ids, or use attn_implementation='urform' "
+    "packing-ones-mask": "leave attention_mask out where position_ids are packed, or use attn_implementation='urform' "
     "(with cu_seq_lens_q/k, if the model does not hand position_ids to its attention)",
     "packing-cu-seqlens": "sdpa, eager and flex_attention ignore cu_seq_lens: use attn_implementation='urform' or a "
     "flash attention, which read them",
@@ -81,7 +81,7 @@ class IsolationCheck:
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
-    """Every config object of the model and its submodels that chooses an attention implementation."""
+    """Return every config object of the model and its submodels that chooses an attention implementation."""
     found: dict[int, Any] = {}
     waiting: list[Any] = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     while waiting:
@@ -134,21 +134,25 @@ class Probe:
         self.takes_any = any(p.kind is p.VAR_KEYWORD for p in signatures[0].values())
         self.cache_name = "cache" if "cache" in self.parameters else "past_key_values"  # before transformers 5.24
         if "input_ids" not in self.parameters:
-            raise ValueError(f"model {type(model).__name__} has no input_ids in its forward(); isolation is checked "
-                             "for models that read tokens")  # fmt: skip
+            raise ValueError(
+                f"model {type(model).__name__} has no input_ids in its forward(); isolation is checked "
+                "for models that read tokens"
+            )
         self.both_sides = bool(self.config.is_encoder_decoder) and "decoder_input_ids" in self.parameters
         self.generator = torch.Generator().manual_seed(0)
         self.ids = self._usable_ids()
-        self.device = model.get_input_embeddings().weight.device
+        self.device: torch.device = self._embeddings().device
         self.noise = 0.0
         self.readers = list(dict.fromkeys((model, model.base_model)))  # a classifier itself has no output per token
         self.side = "encoder"  # of the only input, where there is one
         if not self.both_sides and self._is_causal():
             self.side = "decoder"
         self.kind = "encoder-decoder" if self.both_sides else self.side
+        #: side -> what the names of its inputs begin with
+        self.prefixes = {"encoder": "", "decoder": "decoder_"} if self.both_sides else {self.side: ""}
 
     def _is_causal(self) -> bool:
-        """What the model's config or its attention modules say; where they say nothing, what it does."""
+        """Return what the model's config or its attention modules say. Where they say nothing, try it."""
         if getattr(self.text_config, "is_causal", None) is False:
             return False
         said = [m.is_causal for m in self.model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
@@ -156,15 +160,20 @@ class Probe:
             return any(said)
         ids, last = self.random(2, 8), torch.arange(8) == 7
         try:
-            moved = _distance(self.run(input_ids=ids)["encoder"][:, :7],
-                              self.run(input_ids=self.other(ids, last))["encoder"][:, :7])  # fmt: skip
+            moved = _distance(
+                self.run(input_ids=ids)["encoder"][:, :7], self.run(input_ids=self.other(ids, last))["encoder"][:, :7]
+            )
         except _RefusedError:
             return False
         return moved == 0
 
+    def _embeddings(self) -> Tensor:
+        embeddings: Any = self.model.get_input_embeddings()
+        return embeddings.weight
+
     def _usable_ids(self) -> Tensor:
-        """Ordinary ids: special ones may mean something to the model's code (RoBERTa counts padding by its id)."""
-        embeddings = self.model.get_input_embeddings().weight.shape[0]
+        """Return ordinary ids: the model's code may read special ones (RoBERTa counts padding by its id)."""
+        embeddings = self._embeddings().shape[0]
         size = min(embeddings, getattr(self.text_config, "vocab_size", None) or embeddings)
         special: set[int] = set()
         for name, value in {**self.config.to_dict(), **self.text_config.to_dict()}.items():
@@ -172,22 +181,24 @@ class Probe:
                 special.update(value if isinstance(value, list) else [value])
         usable = [i for i in range(size) if i not in special]
         if len(usable) < 4:
-            raise ValueError(f"model {type(self.model).__name__} has a vocabulary of {size} ids, {len(usable)} of them "
-                             "ordinary; probing needs at least 4")  # fmt: skip
+            raise ValueError(
+                f"model {type(self.model).__name__} has a vocabulary of {size} ids, {len(usable)} of them "
+                "ordinary; probing needs at least 4"
+            )
         return torch.tensor(usable)
 
     def random(self, *shape: int) -> Tensor:
-        """Random ids."""
+        """Draw random ids."""
         return self.ids[torch.randint(len(self.ids), shape, generator=self.generator)]
 
     def other(self, ids: Tensor, where: Tensor) -> Tensor:
-        """The same ids, each exchanged for a different one where `where` (broadcast over the batch) says so."""
+        """Exchange ids for different ones where `where` (broadcast over the batch) says so."""
         step = torch.randint(1, len(self.ids), ids.shape, generator=self.generator)
         exchanged = self.ids[(torch.searchsorted(self.ids, ids) + step) % len(self.ids)]
         return torch.where(where, exchanged, ids)
 
     def run(self, **inputs: Any) -> Outputs:
-        """One forward pass: hidden states or logits per token of each side."""
+        """Run one forward pass; return hidden states or logits per token of each side."""
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items() if v is not None}
         if "use_cache" in self.parameters:
             inputs = {"use_cache": False, **inputs}
@@ -197,8 +208,10 @@ class Probe:
         except Exception as error:  # whatever it raises is the answer
             raise _RefusedError(f"{type(error).__name__}: {_first_line(error)}") from error
         if found is None:
-            raise ValueError(f"model {type(self.model).__name__} gives neither last_hidden_state nor logits per token; "
-                             "pass its backbone (AutoModel)")  # fmt: skip
+            raise ValueError(
+                f"model {type(self.model).__name__} gives neither last_hidden_state nor logits per token; "
+                "pass its backbone (AutoModel)"
+            )
         if not self.both_sides:
             return {self.side: found.double().cpu()}
         source = outputs.get("encoder_last_hidden_state")
@@ -206,7 +219,7 @@ class Probe:
         return sides if source is None else {"encoder": source.double().cpu(), **sides}
 
     def _read(self, inputs: dict[str, Any], length: int) -> tuple[Any, Tensor | None]:
-        """Run the model, or else its backbone; whichever has an output `[B, length, E]` is run from then on."""
+        """Run the model, or else its backbone. The first with an output `[B, length, E]` is run from then on."""
         outputs: Any = {}
         for model in self.readers:
             outputs = model(**inputs, return_dict=True)
@@ -218,7 +231,7 @@ class Probe:
         return outputs, None
 
     def tolerance(self, outputs: Outputs, side: str, alone: bool = False) -> float:
-        """What rounding explains: more where tensors of other shapes go through other code (alone)."""
+        """Return what rounding explains: more where tensors of other shapes go through other code (alone)."""
         eps = torch.finfo(self.model.dtype).eps
         factor = 4 if not alone else 64 if eps < 1e-5 else 16
         return max(4 * self.noise, factor * eps * outputs[side].nan_to_num(0, 0, 0).abs().max().item())
@@ -231,9 +244,14 @@ class Probe:
                 finding.add(moved, self.tolerance(base, side), f"the {side}'s outputs move with {what}", True)
 
     def compare_alone(
-        self, finding: _Finding, base: Outputs, alone: Outputs, rows: dict[str, tuple[int, slice]], what: str,
+        self,
+        finding: _Finding,
+        base: Outputs,
+        alone: Outputs,
+        rows: dict[str, tuple[int, slice]],
+        what: str,
         positions_given: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Note how far a text's outputs (by side: row and columns of `base`) are from the text's alone."""
         for side, (row, columns) in rows.items():
             moved = _distance(base[side][row, columns], alone[side][0])
@@ -270,8 +288,10 @@ class Probe:
             first, second = self.run(**ids), self.run(**ids)
             self.noise = max(_distance(first[side], second[side]) for side in first)
         except _RefusedError as error:
-            raise ValueError(f"model {type(self.model).__name__} refuses plain input_ids of shape (2, 7): {error}; "
-                             "nothing can be asked of it") from error  # fmt: skip
+            raise ValueError(
+                f"model {type(self.model).__name__} refuses plain input_ids of shape (2, 7): {error}; "
+                "nothing can be asked of it"
+            ) from error
         found = {check: self.ask(check, questions[check]) for check in CHECKS if check in checks and check in questions}
         structure = self.mask_function([c for c in found.values() if c.status == LEAKS])
         if structure.status != ISOLATED:  # the reason of all of them
@@ -301,13 +321,21 @@ class Probe:
         elif finding.shifted:
             status, detail = SHIFTED, f"{finding.shifted[0]}, as positions count from elsewhere; no content leaks"
             advice = "pad on the right" if name == "padding-left" else "give this model one text per row"
-        return IsolationCheck(name, status, finding.movement, finding.tolerance, power, finding.where, detail,
-                              "" if status == ISOLATED else advice)  # fmt: skip
+        return IsolationCheck(
+            name,
+            status,
+            finding.movement,
+            finding.tolerance,
+            power,
+            finding.where,
+            detail,
+            "" if status == ISOLATED else advice,
+        )
 
     # ------------------------------------------------------------------------------------------------- questions
 
     def mask_function(self, leaks: list[IsolationCheck]) -> IsolationCheck:
-        """Every attention implementation in use must stand in the mask registry too."""
+        """Check that every attention implementation in use has a mask function of the same name."""
         registered = set(AttentionMaskInterface().valid_keys())
         used = {str(config._attn_implementation) for config in configs_of(self.model)} - {"None"}
         missing = sorted(used - registered)
@@ -315,13 +343,23 @@ class Probe:
             return IsolationCheck("mask-function", ISOLATED)
         detail = f"no mask function is registered under {', '.join(map(repr, missing))}, so models get no mask at all"
         if not leaks:
-            return IsolationCheck("mask-function", INCONCLUSIVE, where=detail, advice=_ADVICE["mask-function"],
-                                  detail="but nothing that was asked leaks")  # fmt: skip
-        return IsolationCheck("mask-function", LEAKS, where=detail, advice=_ADVICE["mask-function"],
-                              detail=f"found in {', '.join(c.name for c in leaks)}")  # fmt: skip
+            return IsolationCheck(
+                "mask-function",
+                INCONCLUSIVE,
+                where=detail,
+                advice=_ADVICE["mask-function"],
+                detail="but nothing that was asked leaks",
+            )
+        return IsolationCheck(
+            "mask-function",
+            LEAKS,
+            where=detail,
+            advice=_ADVICE["mask-function"],
+            detail=f"found in {', '.join(c.name for c in leaks)}",
+        )
 
     def padded(self, sizes: Sequence[int], side: str, prefix: str = "") -> tuple[dict[str, Any], Tensor]:
-        """A padded batch of one side with its mask, and the mask as bool `[B, L]`."""
+        """Make a padded batch of one side with its mask; return the mask as bool `[B, L]`, too."""
         length = max(sizes) + 2  # padding in every row
         places, sizes_B1 = torch.arange(length), torch.tensor(sizes)[:, None]
         mask = places < sizes_B1 if side == "right" else places >= length - sizes_B1
@@ -332,43 +370,50 @@ class Probe:
 
     def padding(self, finding: _Finding, side: str) -> None:
         """Exchange the content of padding; then run each row alone; then exchange a real token for the power."""
-        if "attention_mask" not in self.parameters:
-            raise _NotApplicableError("forward() takes no attention_mask")
-        prefixes = {"encoder": "", "decoder": "decoder_"} if self.both_sides else {self.side: ""}
-        if self.both_sides and "decoder_attention_mask" not in self.parameters:
-            raise _NotApplicableError("forward() takes no decoder_attention_mask")
+        for prefix in self.prefixes.values():
+            if f"{prefix}attention_mask" not in self.parameters:
+                raise _NotApplicableError(f"forward() takes no {prefix}attention_mask")
         inputs: dict[str, Any] = {}
         masks: dict[str, Tensor] = {}
-        for name, prefix in prefixes.items():
-            given, masks[name] = self.padded(_TARGETS if prefix else _SIZES, side, prefix)
-            inputs |= given
+        for name, prefix in self.prefixes.items():
+            padded, masks[name] = self.padded(_TARGETS if prefix else _SIZES, side, prefix)
+            inputs |= padded
         base = self.run(**inputs)
         masks = {name: mask for name, mask in masks.items() if name in base}
-        for name, prefix in prefixes.items():
-            key = f"{prefix}input_ids"
-            changed = self.run(**inputs | {key: self.other(inputs[key], ~inputs[f"{prefix}attention_mask"].bool())})
+        for name, prefix in self.prefixes.items():
+            padding = ~inputs[f"{prefix}attention_mask"].bool()
+            changed = self.run(**inputs | self._exchanged(inputs, {name: padding}))
             self.compare(finding, base, changed, masks, f"the content of the {name}'s padding")
+        counted = side == "right" or all(f"{prefix}position_ids" in inputs for prefix in self.prefixes.values())
         for row in range(len(_SIZES)):
-            real = {prefix: inputs[f"{prefix}attention_mask"][row].bool() for prefix in prefixes.values()}
-            alone = {
-                key: value[row : row + 1, real["decoder_" if key.startswith("decoder_") else ""]]
-                for key, value in inputs.items()
-                if not key.endswith("attention_mask")
-            }
             spans = {name: (row, _span(mask[row])) for name, mask in masks.items()}
-            counted = side == "right" or all(f"{prefix}position_ids" in inputs for prefix in prefixes.values())
-            self.compare_alone(finding, base, self.run(**alone), spans, "the row alone", counted)
+            alone = self.run(**self._row_alone(inputs, row))
+            self.compare_alone(finding, base, alone, spans, "the row alone", counted)
         self._power_of_first_tokens(finding, inputs, base, masks)
+
+    def _row_alone(self, inputs: dict[str, Any], row: int) -> dict[str, Tensor]:
+        """Cut one row's real tokens out of a padded batch."""
+        alone = {}
+        for prefix in self.prefixes.values():
+            real = inputs[f"{prefix}attention_mask"][row].bool()
+            for key in (f"{prefix}input_ids", f"{prefix}position_ids"):
+                if key in inputs:
+                    alone[key] = inputs[key][row : row + 1, real]
+        return alone
 
     def _power_of_first_tokens(
         self, finding: _Finding, inputs: dict[str, Any], base: Outputs, masks: dict[str, Tensor]
     ) -> None:
         """Exchange each text's first token: the rest of the text must move, on each side for its own tokens."""
         for name, mask in masks.items():
-            key = "decoder_input_ids" if name == "decoder" and self.both_sides else "input_ids"
             first = mask & (mask.cumsum(-1) == 1)
-            changed = self.run(**inputs | {key: self.other(inputs[key], first)})
+            changed = self.run(**inputs | self._exchanged(inputs, {name: first}))
             self.set_power(finding, base, changed, {name: mask & ~first})
+
+    def _exchanged(self, inputs: dict[str, Any], where: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Exchange the ids of each side where `where` says so; return the changed inputs alone."""
+        keys = {name: f"{self.prefixes[name]}input_ids" for name in where}
+        return {key: self.other(inputs[key], where[name]) for name, key in keys.items()}
 
     def cross_attention(self, finding: _Finding) -> None:
         """Replace the encoder's states at padding: the decoder must not notice. Then at a real token: it must."""
@@ -381,10 +426,14 @@ class Probe:
             states = encoded.last_hidden_state
             noise = torch.randn(states.shape, generator=self.generator).to(states) * states.std()
 
-            def run(states: Tensor, given: dict[str, Any] = target, mask: Tensor = source["attention_mask"],
-                    encoded: Any = encoded) -> Outputs:  # fmt: skip
+            def run(
+                states: Tensor,
+                target: dict[str, Any] = target,
+                mask: Tensor = source["attention_mask"],
+                encoded: Any = encoded,
+            ) -> Outputs:
                 encoded = type(encoded)(**{**encoded, "last_hidden_state": states})
-                return self.run(encoder_outputs=encoded, attention_mask=mask, **given)
+                return self.run(encoder_outputs=encoded, attention_mask=mask, **target)
 
             base, real = run(states), {"decoder": target_mask}
             padding = ~mask[..., None].to(states.device)
@@ -393,7 +442,7 @@ class Probe:
             self.set_power(finding, base, run(torch.where(padding, states, noise)), real)
 
     def encode(self, ids: Tensor, mask: Tensor) -> Any:
-        """The encoder's output, in the class that the model's decoder expects."""
+        """Return the encoder's output, in the class that the model's decoder expects."""
         try:
             return self.model.get_encoder()(ids.to(self.device), attention_mask=mask.to(self.device), return_dict=True)
         except Exception as error:  # whatever it raises is the answer
@@ -422,57 +471,86 @@ class Probe:
             self.set_power(finding, base, sooner, {"decoder": ~early & mask})
 
     def packing(
-        self, finding: _Finding, by_positions: bool = False, by_lengths: bool = False, ones: bool = False,
+        self,
+        finding: _Finding,
+        by_positions: bool = False,
+        by_lengths: bool = False,
+        ones: bool = False,
         cache: str = "",
-    ) -> None:  # fmt: skip
-        """Exchange the first document, then the last: the others must not move; then run each alone."""
-        prefixes = {"encoder": "", "decoder": "decoder_"} if self.both_sides else {self.side: ""}
-        sizes = {name: _TARGETS if name == "decoder" and self.both_sides else _SIZES for name in prefixes}
-        missing = [f"{p}position_ids" for p in prefixes.values() if f"{p}position_ids" not in self.parameters]
+    ) -> None:
+        """Exchange the first document, then the last: the others must not move; then run each alone.
+
+        Args:
+            finding: what is found is added to it.
+            by_positions: whether positions alone say where a document begins.
+            by_lengths: whether `cu_seq_lens_q` and `cu_seq_lens_k` say it.
+            ones: whether there is an attention mask, of ones.
+            cache: "own" for a cache that the model makes, "given" for one that it is given, "" for none.
+        """
+        missing = [f"{p}position_ids" for p in self.prefixes.values() if f"{p}position_ids" not in self.parameters]
         if by_positions and missing:
             raise _NotApplicableError(f"forward() takes no {' and no '.join(missing)}")
         if by_lengths and not (self.takes_any or "cu_seq_lens_q" in self.parameters):
             raise _NotApplicableError("forward() takes no cu_seq_lens_q")
-        inputs: dict[str, Any] = {}
-        documents: dict[str, Tensor] = {}  # side -> [1, L], which document
-        for name, prefix in prefixes.items():
-            documents[name] = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes[name]))[None]
-            inputs[f"{prefix}input_ids"] = self.random(1, sum(sizes[name]))
-            if not missing:
-                inputs[f"{prefix}position_ids"] = torch.cat([torch.arange(n) for n in sizes[name]])[None]
-            if ones:
-                inputs[f"{prefix}attention_mask"] = torch.ones(1, sum(sizes[name]), dtype=torch.long)
-        if by_lengths:
-            for letter, name in (("q", next(reversed(prefixes))), ("k", next(iter(prefixes)))):
-                starts = torch.tensor([0, *sizes[name]]).cumsum(0)
-                inputs |= {f"cu_seq_lens_{letter}": starts.to(torch.int32), f"max_length_{letter}": max(sizes[name])}
+        inputs = self.packed(with_positions=not missing, with_lengths=by_lengths, ones=ones)
+        if cache:
+            self.require_cache()
 
         def run(**inputs: Any) -> Outputs:
             if cache:
                 inputs |= {"use_cache": True, **({self.cache_name: self.cache()} if cache == "given" else {})}
             return self.run(**inputs)
 
-        if cache:
-            self.require_cache()
         base = run(**inputs)
-        shown = {name: of for name, of in documents.items() if name in base}
-        for document, which in ((0, "first"), (2, "last")):
-            changed_ids = {
-                f"{prefix}input_ids": self.other(inputs[f"{prefix}input_ids"], documents[name] == document)
-                for name, prefix in prefixes.items()
-            }
-            others = {name: of != document for name, of in shown.items()}
-            self.compare(finding, base, run(**inputs | changed_ids), others, f"the tokens of the {which} document")
+        self._exchange_documents(finding, inputs, base, run)
+        shown = {name: of for name, of in self._documents().items() if name in base}
         for document in range(3):
-            alone: dict[str, Tensor] = {}
-            spans: dict[str, tuple[int, slice]] = {}
-            for name, prefix in prefixes.items():
-                own = documents[name][0] == document
-                for key in (f"{prefix}input_ids", f"{prefix}position_ids"):
-                    alone |= {key: inputs[key][:, own]} if key in inputs else {}
-                spans |= {name: (0, _span(own))} if name in base else {}
-            self.compare_alone(finding, base, self.run(**alone), spans, "the document alone", not missing)
+            spans = {name: (0, _span(of[0] == document)) for name, of in shown.items()}
+            alone = self.run(**self._document_alone(inputs, document))
+            self.compare_alone(finding, base, alone, spans, "the document alone", not missing)
         self._power_of_documents(finding, inputs, base, shown, run)
+
+    def _exchange_documents(
+        self, finding: _Finding, inputs: dict[str, Any], base: Outputs, run: Callable[..., Outputs]
+    ) -> None:
+        """Exchange the first document, then the last: the others must not move."""
+        documents = self._documents()
+        for document, which in ((0, "first"), (2, "last")):
+            changed = run(**inputs | self._exchanged(inputs, {name: of == document for name, of in documents.items()}))
+            others = {name: of != document for name, of in documents.items() if name in base}
+            self.compare(finding, base, changed, others, f"the tokens of the {which} document")
+
+    def _documents(self) -> dict[str, Tensor]:
+        """Return which document each token of a packed row belongs to, `[1, L]` for each side."""
+        return {
+            name: torch.repeat_interleave(torch.arange(3), torch.tensor(_TARGETS if prefix else _SIZES))[None]
+            for name, prefix in self.prefixes.items()
+        }
+
+    def packed(self, with_positions: bool, with_lengths: bool, ones: bool) -> dict[str, Any]:
+        """Make the inputs of a row of three documents, on both sides where there are two."""
+        inputs: dict[str, Any] = {}
+        for prefix in self.prefixes.values():
+            sizes = _TARGETS if prefix else _SIZES
+            inputs[f"{prefix}input_ids"] = self.random(1, sum(sizes))
+            if with_positions:
+                inputs[f"{prefix}position_ids"] = torch.cat([torch.arange(n) for n in sizes])[None]
+            if ones:
+                inputs[f"{prefix}attention_mask"] = torch.ones(1, sum(sizes), dtype=torch.long)
+        if with_lengths:
+            for letter, sizes in (("q", _TARGETS if self.both_sides else _SIZES), ("k", _SIZES)):
+                starts = torch.tensor([0, *sizes]).cumsum(0)
+                inputs |= {f"cu_seq_lens_{letter}": starts.to(torch.int32), f"max_length_{letter}": max(sizes)}
+        return inputs
+
+    def _document_alone(self, inputs: dict[str, Any], document: int) -> dict[str, Tensor]:
+        """Cut one document's tokens out of a packed row."""
+        alone = {}
+        for name, of in self._documents().items():
+            for key in (f"{self.prefixes[name]}input_ids", f"{self.prefixes[name]}position_ids"):
+                if key in inputs:
+                    alone[key] = inputs[key][:, of[0] == document]
+        return alone
 
     def _power_of_documents(
         self,
@@ -484,13 +562,12 @@ class Probe:
     ) -> None:
         """Exchange each document's first token: its other tokens must move."""
         for name, of in documents.items():
-            key = "decoder_input_ids" if name == "decoder" and self.both_sides else "input_ids"
             first = nn.functional.pad(of.diff(dim=-1) != 0, (1, 0), value=True)
-            changed = run(**inputs | {key: self.other(inputs[key], first)})
+            changed = run(**inputs | self._exchanged(inputs, {name: first}))
             self.set_power(finding, base, changed, {name: ~first})
 
     def cache(self) -> Any:
-        """An empty cache as the model wants it."""
+        """Make an empty cache of the kind that the model takes."""
         own = DynamicCache(config=self.config)
         return EncoderDecoderCache(own, DynamicCache()) if self.both_sides else own
 
@@ -501,7 +578,7 @@ class Probe:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference; infinite where one is NaN and the other is not."""
+    """Return the largest absolute difference; infinite where one is NaN and the other is not."""
     if a.numel() == 0:
         return 0.0
     difference = torch.where(a.isnan() & b.isnan() | (a == b), 0.0, (a - b).abs())
@@ -513,6 +590,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _span(mask: Tensor) -> slice:
-    """The places that a mask `[L]` without holes keeps."""
+    """Return the places that a mask `[L]` without holes keeps."""
     places = mask.nonzero().flatten()
     return slice(int(places[0]), int(places[-1]) + 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..configuration.checkpoint_files import read_json, read_weight_map, refuse_
 from ..configuration.heads_urform import HEADS
 from .bundle_stamp import bundle_files
 from .secret_patterns import find_secret
+from .weight_files import WEIGHTS_NAME, WeightFiles
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
 # What Trainer leaves in the folder of a model: not part of the model, not published, and pickled for the most part.
@@ -113,7 +113,7 @@ def _weight_sets(folder: Path) -> dict[str, list[str]]:
         elif match := _WEIGHTS.fullmatch(path.name):
             sets.setdefault(match[1] or "", [path.name])
     if "" not in sets:
-        sets[""] = ["model.safetensors"]
+        sets[""] = [WEIGHTS_NAME]
     missing = sorted({name for shards in sets.values() for name in shards if not (folder / name).is_file()})
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}; save the model again with save_pretrained.")
@@ -175,7 +175,7 @@ def _check_values(
     shared: dict[str, Any] = {}
     wanted = {*tied, *tied.values()}
     for shard in shards:
-        for name, tensor in _tensors(folder / shard):
+        for name, tensor in WeightFiles([folder / shard]).items():
             if name in where:
                 raise ValueError(f"{folder}: {name} is in {where[name]} and in {shard}; save the model again.")
             where[name], shapes[name] = shard, tuple(tensor.shape)
@@ -199,17 +199,6 @@ def _check_finite(tensor: Any, name: str, path: Path) -> None:
     finite = torch.isfinite(values)
     if not finite.all():
         raise ValueError(f"{path}: {name} has {int((~finite).sum())} values that are not finite; it is not published.")
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not complete ({error}); save the model again.") from error
 
 
 def _check_ids(folder: Path, parsed: Any) -> None:

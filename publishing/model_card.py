@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..configuration.checkpoint_files import INDEX_NAME, read_json, read_weight_map, refuse_links
+from ..configuration.checkpoint_files import read_json, refuse_links
 from ..configuration.version_urform import package_version
 from ..dependencies import HOW_TO_INSTALL, install_command
 from .card_metadata import FIELDS, data_name, make_metadata, signature_of
@@ -22,6 +22,7 @@ from .card_snippets import auto_class, snippets
 from .card_template import MARK, TEMPLATE
 from .checkpoint_checks import has_tokenizer
 from .training_record import TrainingRecord
+from .weight_files import WeightFiles, weight_files
 
 PLACEHOLDERS = (
     MARK,
@@ -167,15 +168,7 @@ def _tokenizer(folder: Path) -> Any:
 
 def _parameters(folder: Path) -> int:
     """Return the number of parameters in the weights that load by default."""
-    from safetensors import safe_open
-
-    index = folder / INDEX_NAME
-    shards = sorted(set(read_weight_map(index).values())) if index.is_file() else ["model.safetensors"]
-    count = 0
-    for shard in shards:
-        with safe_open(folder / shard, framework="pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-    return count
+    return sum(math.prod(entry.shape) for entry in WeightFiles(weight_files(folder)).entries.values())
 
 
 def _number(value: Any) -> str:

@@ -38,16 +38,24 @@ def with_composed_offsets(
     composed = [not all(unicodedata.is_normalized(name, w) for words in text for w in words) for text in texts]
     if not any(composed):
         return encoded
-    sources = encoded.get("overflow_to_sample_mapping", range(len(texts)))
-    whole: Sequence[Encoding] = encoded.encodings
-    if backend.truncation is not None:
-        backend.no_truncation()
-        backend.no_padding()
-        whole = backend.encode_batch(list(items), is_pretokenized=presplit)
+    whole = encoded.encodings if backend.truncation is None else _encode_whole(backend, items, presplit)
     has_token = [
         _covered(text, e, presplit, marker) if c else {} for text, e, c in zip(texts, whole, composed, strict=True)
     ]
+    sources = encoded.get("overflow_to_sample_mapping", range(len(texts)))
     encodings = [_stretched(e, has_token[int(s)], presplit) for e, s in zip(encoded.encodings, sources, strict=True)]
+    return _with_encodings(encoded, encodings, return_tensors)
+
+
+def _encode_whole(backend: Tokenizer, items: Sequence[Any], presplit: bool) -> Sequence[Encoding]:
+    """Encode the items without truncation and padding, which are off afterwards."""
+    backend.no_truncation()
+    backend.no_padding()
+    return backend.encode_batch(list(items), is_pretokenized=presplit)
+
+
+def _with_encodings(encoded: BatchEncoding, encodings: list[Encoding], return_tensors: Any) -> BatchEncoding:
+    """Return `encoded` with other encodings, whose offsets replace its own if it has any."""
     data = dict(encoded.data)
     if "offset_mapping" in data:
         offsets: Any = [encoding.offsets for encoding in encodings]
@@ -60,7 +68,7 @@ def with_composed_offsets(
 
 
 def _sequences(item: Any, presplit: bool) -> list[Words]:
-    """A text or a pair as one or two lists of words, where a text that is not split is one word."""
+    """Return a text or a pair as one or two lists of words. A text that is not split is one word."""
     if not presplit:
         return [[item]] if isinstance(item, str) else [[text] for text in item]
     pair = len(item) == 2 and not any(isinstance(words, str) for words in item)
@@ -72,7 +80,7 @@ def _key(sequence: int, word: int | None, presplit: bool) -> tuple[int, int]:
 
 
 def _covered(text: list[Words], whole: Encoding, presplit: bool, marker: str) -> dict[tuple[int, int], bytearray]:
-    """For each character of each word whether a token has it."""
+    """Return for each character of each word whether a token has it."""
     has_token = {
         (sequence, index): bytearray(len(word.removesuffix(marker) if presplit else word))
         for sequence, words in enumerate(text)

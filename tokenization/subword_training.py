@@ -71,7 +71,7 @@ class Corpus:
     def __init__(
         self, texts: Texts | None = None, files: Files | None = None, max_line_bytes: int | None = MAX_LINE_BYTES
     ) -> None:
-        """Checks what can be checked without reading."""
+        """Check what can be checked without reading."""
         if isinstance(texts, (str, bytes)):
             raise ValueError(f"texts={texts[:40]!r} is a single string: pass [text], or files=... if it is a path")
         if texts is None and files is None:
@@ -89,7 +89,7 @@ class Corpus:
                 raise ValueError(f"files: {file} is a folder or a pipe: name files, which can be read more than once")
 
     def __iter__(self) -> Iterator[str]:
-        """Yields every text."""
+        """Yield every text."""
         for index, item in enumerate(self.items):
             if isinstance(item, Path):
                 yield from open_lines(item, self.max_line_bytes)
@@ -108,7 +108,7 @@ class Corpus:
 
 
 def smallest_vocab(model: str, n_special: int) -> int:
-    """The smallest `vocab_size` that a kind of model works with.
+    """Return the smallest `vocab_size` that a kind of model works with.
 
     Args:
         model: One of `MODELS`.
@@ -118,7 +118,7 @@ def smallest_vocab(model: str, n_special: int) -> int:
 
 
 def normalizer(normalization: str | None, lowercase: bool) -> normalizers.Normalizer:
-    """The normalizer for `normalization` and `lowercase` (possibly one that does nothing).
+    """Return the normalizer for `normalization` and `lowercase` (possibly one that does nothing).
 
     Args:
         normalization: "nfc", "nfkc" or None.
@@ -142,7 +142,7 @@ def train_backend(
     min_frequency: int = 2,
     unk_token: str = UNKNOWN,
 ) -> Tokenizer:
-    """Trains a model and puts a whole fast tokenizer around it (without added tokens and post-processor).
+    """Train a model and put a whole fast tokenizer around it (without added tokens and post-processor).
 
     Ids are the special tokens in the order given, then the bytes, then what was learnt. Of the room that remains after
     special tokens and bytes, single characters take at most half (the most frequent ones; all of it for "char").
@@ -159,52 +159,68 @@ def train_backend(
     Raises:
         ValueError: The corpus holds no text.
     """
-    counts: Counter[str] = Counter()
-    for text in corpus:
-        counts.update(normalizer.normalize_str(text))
-    if not counts:
-        raise ValueError("texts: the corpus is empty: pass at least one non-empty string")
     byte_level = model == "byte-bpe"
     head = [*special_tokens, *(BYTES if model in ("bpe", "unigram", "char") else [])]
     room = vocab_size - len(head)
-    limit = room if model == "char" else max(room // 2, 1)
-    common = heapq.nsmallest(limit, counts.items(), key=lambda item: (-item[1], item[0]))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet() if byte_level else (char for char, _ in common))
-
-    known = "".join(f"\\x{{{ord(char):x}}}" for char in alphabet)
-    words: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(WORDS), "isolated")]
-    pieces = [*words, *(pre_tokenizers.Split(Regex(part), "isolated") for part in (LONGEST_PIECE, LONGEST_PART))]
-    if byte_level:
-        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        words, pieces = [*words, to_bytes], [*pieces, to_bytes]
-    else:
-        pieces.append(pre_tokenizers.Split(Regex(f"[^{known}]"), "removed"))
-    if model in ("unigram", "wordpiece"):  # one unknown character must not take its neighbours, or the word, with it
-        words.append(pre_tokenizers.Split(Regex(f"[^{known}]|[{known}]{{1,{LONGEST_WORD}}}"), "isolated"))
-
+    characters = _common_characters(corpus, normalizer, room if model == "char" else max(room // 2, 1))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet() if byte_level else characters)
+    words, pieces = _splitters(model, alphabet)
     trainee = Tokenizer(models.BPE())
     trainee.normalizer = normalizer
     trainee.pre_tokenizer = pre_tokenizers.Sequence(pieces)
+
+    learnt: models.Model
     if model == "char":
-        backend = Tokenizer(models.BPE(_ids(head, alphabet), [], unk_token=unk_token, byte_fallback=True))
+        learnt = models.BPE(_ids(head, alphabet), [], unk_token=unk_token, byte_fallback=True)
     elif model == "unigram":
         seeds, _ = _learn_bpe(trainee, corpus, alphabet, 4 * room, min_frequency)
-        found = _learn_unigram(trainee, corpus, alphabet, seeds, room)
+        found = _learn_unigram(trainee, corpus, seeds, room)
         vocab = [*((token, 0.0) for token in head), *found]
-        backend = Tokenizer(models.Unigram(vocab, unk_id=head.index(unk_token), byte_fallback=True))
+        learnt = models.Unigram(vocab, unk_id=head.index(unk_token), byte_fallback=True)
     else:
-        learnt, merges = _learn_bpe(trainee, corpus, alphabet, room, min_frequency)
-        ids = _ids(head, learnt)
+        tokens, merges = _learn_bpe(trainee, corpus, alphabet, room, min_frequency)
         if model == "wordpiece":  # a word's first piece holds its space: no prefix is needed to tell the others
             options = {"max_input_chars_per_word": LONGEST_WORD, "continuing_subword_prefix": ""}
-            backend = Tokenizer(models.WordPiece(ids, unk_token=unk_token, **options))
+            learnt = models.WordPiece(_ids(head, tokens), unk_token=unk_token, **options)
         else:
-            backend = Tokenizer(models.BPE(ids, merges, unk_token=unk_token, byte_fallback=not byte_level))
+            learnt = models.BPE(_ids(head, tokens), merges, unk_token=unk_token, byte_fallback=not byte_level)
+    backend = Tokenizer(learnt)
     backend.normalizer = normalizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(words)
     fuse = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     backend.decoder = decoders.ByteLevel() if byte_level else fuse
     return backend
+
+
+def _common_characters(corpus: Iterable[str], normalizer: normalizers.Normalizer, limit: int) -> list[str]:
+    """Return the most frequent characters of a corpus, `limit` at most.
+
+    Raises:
+        ValueError: The corpus holds no text.
+    """
+    counts: Counter[str] = Counter()
+    for text in corpus:
+        counts.update(normalizer.normalize_str(text))
+    if not counts:
+        raise ValueError("texts: the corpus is empty: pass at least one non-empty string")
+    common = heapq.nsmallest(limit, counts.items(), key=lambda item: (-item[1], item[0]))
+    return [character for character, _ in common]
+
+
+def _splitters(
+    model: str, alphabet: list[str]
+) -> tuple[list[pre_tokenizers.PreTokenizer], list[pre_tokenizers.PreTokenizer]]:
+    """Return how a text is split before it is encoded, and how before the trainer of a model sees it."""
+    known = "".join(f"\\x{{{ord(char):x}}}" for char in alphabet)
+    words: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(WORDS), "isolated")]
+    pieces = [*words, *(pre_tokenizers.Split(Regex(part), "isolated") for part in (LONGEST_PIECE, LONGEST_PART))]
+    if model == "byte-bpe":
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return [*words, to_bytes], [*pieces, to_bytes]
+    pieces.append(pre_tokenizers.Split(Regex(f"[^{known}]"), "removed"))
+    if model in ("unigram", "wordpiece"):  # one unknown character must not take its neighbours, or the word, with it
+        words.append(pre_tokenizers.Split(Regex(f"[^{known}]|[{known}]{{1,{LONGEST_WORD}}}"), "isolated"))
+    return words, pieces
 
 
 def _ids(head: list[str], learnt: list[str]) -> dict[str, int]:
@@ -214,7 +230,7 @@ def _ids(head: list[str], learnt: list[str]) -> dict[str, int]:
 def _learn_bpe(
     trainee: Tokenizer, corpus: Iterable[str], alphabet: list[str], size: int, min_frequency: int
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """The pieces in the order learnt, alphabet first, and the merges (Sennrich et al. 2016, algorithm 1)."""
+    """Return the pieces in the order learnt, alphabet first, and the merges (Sennrich et al. 2016, algorithm 1)."""
     trainer = trainers.BpeTrainer(
         vocab_size=size, min_frequency=min_frequency, initial_alphabet=alphabet, show_progress=False
     )
@@ -223,10 +239,8 @@ def _learn_bpe(
     return sorted(state["vocab"], key=state["vocab"].__getitem__), [(left, right) for left, right in state["merges"]]
 
 
-def _learn_unigram(
-    trainee: Tokenizer, corpus: Iterable[str], alphabet: list[str], seeds: list[str], size: int
-) -> list[tuple[str, float]]:
-    """Pieces with their log-probabilities (Kudo 2018, section 3.2).
+def _learn_unigram(trainee: Tokenizer, corpus: Iterable[str], seeds: list[str], size: int) -> list[tuple[str, float]]:
+    """Return pieces with their log-probabilities (Kudo 2018, section 3.2).
 
     The seed is a BPE of four times the size. Two rounds of Viterbi EM re-estimate the probabilities, then the fifth
     of the pieces whose removal costs the likelihood least goes, until `size` are left; single characters stay.
@@ -235,21 +249,10 @@ def _learn_unigram(
     for text in corpus:
         normal = trainee.normalizer.normalize_str(text)
         words.update(word for word, _ in trainee.pre_tokenizer.pre_tokenize_str(normal))
-    known, longest = set(seeds), max(map(len, seeds))
-    counts: Counter[str] = Counter()
-    for word, n in words.items():
-        for i in range(len(word)):
-            for j in range(i + 1, min(i + longest, len(word)) + 1):
-                if word[i:j] in known:
-                    counts[word[i:j]] += n
-    scores = _log_probabilities(seeds, counts)
+    scores = _log_probabilities(seeds, _count_substrings(words, set(seeds)))
     while True:
         for _ in range(2):
-            segment = models.Unigram(list(scores.items())).tokenize
-            counts = Counter()
-            for word, n in words.items():
-                for token in segment(word):
-                    counts[token.value] += n
+            counts = _count_best_pieces(words, scores)
             scores = _log_probabilities(scores, counts)
         if len(scores) <= size:
             return sorted(((piece, round(score, 6)) for piece, score in scores.items()), key=lambda p: (-p[1], p[0]))
@@ -258,13 +261,35 @@ def _learn_unigram(
         scores = {piece: scores[piece] for piece in sorted(kept)}
 
 
+def _count_substrings(words: Counter[str], known: set[str]) -> Counter[str]:
+    """Count how often each known piece occurs in the words, overlaps included."""
+    longest = max(map(len, known))
+    counts: Counter[str] = Counter()
+    for word, n in words.items():
+        for i in range(len(word)):
+            for j in range(i + 1, min(i + longest, len(word)) + 1):
+                if word[i:j] in known:
+                    counts[word[i:j]] += n
+    return counts
+
+
+def _count_best_pieces(words: Counter[str], scores: dict[str, float]) -> Counter[str]:
+    """Count the pieces in the most probable segmentation of each word."""
+    segment = models.Unigram(list(scores.items())).tokenize
+    counts: Counter[str] = Counter()
+    for word, n in words.items():
+        for token in segment(word):
+            counts[token.value] += n
+    return counts
+
+
 def _log_probabilities(pieces: Iterable[str], counts: Counter[str]) -> dict[str, float]:
     total = math.log(sum(counts.values()))
     return {piece: math.log(counts[piece] or 0.5) - total for piece in pieces}
 
 
 def _best_split(piece: str, scores: dict[str, float]) -> float:
-    """Log-probability of the best segmentation of a piece into two or more others."""
+    """Return the log-probability of the best segmentation of a piece into two or more others."""
     best = [0.0] + [-math.inf] * len(piece)
     for end in range(1, len(piece) + 1):
         for start in range(end):

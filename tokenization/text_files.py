@@ -87,25 +87,27 @@ def decode_lines(
         if not line:
             return
         number += 1
-        if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise ValueError(f"{name}, line 1: not UTF-8 but UTF-16: convert it, e.g. with iconv -f UTF-16 -t UTF-8")
-        text = line.removesuffix(b"\n").removesuffix(b"\r")
-        if max_line_bytes is not None and len(text) > max_line_bytes:
-            raise ValueError(
-                f"{name}, line {number}: longer than max_line_bytes={max_line_bytes}: split the line or raise the limit"
-            )
-        zeros = text.count(0)
-        if zeros > 2 and 4 * zeros >= len(text):
-            raise ValueError(
-                f"{name}, line {number}: not text ({zeros} of {len(text)} bytes are 0): convert it to UTF-8"
-            )
-        try:
-            decoded = text.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{name}, line {number}: not UTF-8 ({error.reason} at byte {error.start}): convert it to UTF-8"
-            ) from None
-        yield decoded
+        yield _decode(line, f"{name}, line {number}", number == 1, max_line_bytes)
+
+
+def _decode(line: bytes, where: str, is_first: bool, max_line_bytes: int | None) -> str:
+    """Return a line as text, without its line end, the first one without a byte-order mark.
+
+    Raises:
+        ValueError: The line is too long, not UTF-8, or mostly zeros; the message begins with `where`.
+    """
+    if is_first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{where}: not UTF-8 but UTF-16: convert it, e.g. with iconv -f UTF-16 -t UTF-8")
+    text = line.removesuffix(b"\n").removesuffix(b"\r")
+    if max_line_bytes is not None and len(text) > max_line_bytes:
+        raise ValueError(f"{where}: longer than max_line_bytes={max_line_bytes}: split the line or raise the limit")
+    zeros = text.count(0)
+    if zeros > 2 and 4 * zeros >= len(text):
+        raise ValueError(f"{where}: not text ({zeros} of {len(text)} bytes are 0): convert it to UTF-8")
+    try:
+        return text.decode("utf-8-sig" if is_first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert it to UTF-8") from None
 
 
 def unencodable(text: str) -> str | None:

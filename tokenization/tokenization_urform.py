@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import Any
 
 from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, processors
 from transformers import BatchEncoding, TokenizersBackend
@@ -74,12 +74,13 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
     use copies to encode in parallel.
     """
 
-    vocab_files_names: ClassVar[dict[str, str]] = {"tokenizer_file": "tokenizer.json"}
-    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    vocab_files_names: dict[str, str] = {"tokenizer_file": "tokenizer.json"}
+    model_input_names: list[str] = ["input_ids", "attention_mask"]
     _lock: threading.RLock
+    _tokenizer: Tokenizer
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "UrformTokenizer":
-        """A tokenizer with a lock of its own; also copies and what is unpickled get theirs."""
+        """Make a tokenizer with its own lock. Copies and unpickled tokenizers get their own, too."""
         self = super().__new__(cls)
         self._lock = threading.RLock()
         return self
@@ -104,7 +105,7 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         padding_side: str = "right",
         max_line_bytes: int | None = MAX_LINE_BYTES,
     ) -> "UrformTokenizer":
-        """Trains a tokenizer. The same corpus and arguments give the same tokenizer.json, byte by byte.
+        """Train a tokenizer. The same corpus and arguments give the same tokenizer.json, byte by byte.
 
         Args:
             texts: Strings, or batches (lists) of strings. A `str` is always text, a `pathlib.Path` always a file.
@@ -138,35 +139,18 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         """
         if model not in MODELS:
             raise ValueError(f"model={model!r} is unknown: use one of {', '.join(MODELS)}")
-        if isinstance(languages, str):
-            raise ValueError(f"languages={languages!r} is a string: pass a list, [{languages!r}]")
-        for language in languages:
-            if not (isinstance(language, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", language)):
-                raise ValueError(f"languages: {language!r} is no language code: use letters, digits, - and _")
-        if isinstance(special_tokens, str) or not all(isinstance(token, str) and token for token in special_tokens):
-            raise ValueError(f"special_tokens={special_tokens!r}: pass a list of non-empty strings")
+        _check_names(languages, special_tokens)
         roles = [f"<|{role}|>" for role in ROLES] if chat_template == "default" else []
         extra = [*(f"<2{language}>" for language in languages), *special_tokens, *roles]
         tokens = [*RESERVED, *extra]
         text_tokens = {token for token in special_tokens if token not in (chat_template or "")}
-        repeated = sorted({token for token in tokens if tokens.count(token) > 1})
-        if repeated:
-            raise ValueError(f"languages or special_tokens: {repeated} occur more than once: name each token once")
-        least = smallest_vocab(model, len(tokens))
-        if not isinstance(vocab_size, int) or vocab_size < least:
-            raise ValueError(
-                f"vocab_size={vocab_size!r} is too small for model={model!r} with {len(tokens)} special tokens: "
-                f"use at least {least}"
-            )
+        _check_vocabulary(tokens, model, vocab_size)
         if chat_template == "default":
-            chat_template = ("{{ bos_token }}" if add_bos else "") + CHAT_TEMPLATE
+            chat_template = _default_template(add_bos)
         corpus = Corpus(texts, files, max_line_bytes)
         backend = train_backend(corpus, model, vocab_size, tokens, normalizer(normalization, lowercase), min_frequency)
         for token in tokens:  # in the order of their ids
-            add = backend.add_tokens if token in text_tokens else backend.add_special_tokens
-            add([_added(token, special=token not in text_tokens)])
-            if (restored := backend.decode([tokens.index(token)], skip_special_tokens=False)) != token:
-                raise ValueError(f"special_tokens: {token!r} would be decoded as {restored!r}: use letters of ASCII")
+            _add_token(backend, token, tokens.index(token), special=token not in text_tokens)
         return cls(
             tokenizer_object=backend,
             subword_model=model,
@@ -190,7 +174,7 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         special_tokens_map: Mapping[str, str] | None = None,
         min_frequency: int = 2,
     ) -> "UrformTokenizer":
-        """Trains a tokenizer of the same kind, with this one's added tokens, template and settings, on new text.
+        """Train a tokenizer of the same kind, with this one's added tokens, template and settings, on new text.
 
         Args:
             text_iterator: Strings or batches of strings.
@@ -244,12 +228,12 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
 
     @property
     def languages(self) -> list[str]:
-        """The codes of the languages that have a tag."""
+        """Return the codes of the languages that have a tag."""
         return [token[2:-1] for token in map(str, self.extra_special_tokens) if re.fullmatch(r"<2[\w-]+>", token)]
 
     @property
     def tgt_lang(self) -> str | None:
-        """Target language: every source begins with its tag, after `<s>`; `text_target` does not (Johnson et al. 2017).
+        """The target language, whose tag begins every source, after `<s>`, but not `text_target` (Johnson et al. 2017).
 
         Kept when saved; None (the default) adds no tag.
         """
@@ -284,7 +268,7 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         self.update_post_processor()
 
     def _adds(self, name: str, token_id: Any) -> bool:
-        """What was asked for; after loading, where transformers forgets that, what tokenizer.json does."""
+        """Return what was asked for, or what tokenizer.json does: transformers forgets the former in loading."""
         if token_id is None:
             return False
         if name in self.init_kwargs:
@@ -293,12 +277,12 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         return template is not None and token_id in template.process(Encoding()).ids
 
     def update_post_processor(self) -> None:
-        """Rebuilds the template that adds bos, language tag and eos: `<s> <2de> A </s>`, `<s> <2de> A </s> B </s>`."""
+        """Rebuild the template that adds bos, language tag and eos: `<s> <2de> A </s>`, `<s> <2de> A </s> B </s>`."""
         with self._lock:
             self._tokenizer.post_processor = self._template()
 
     def _template(self, target: bool = False) -> processors.PostProcessor:
-        """The template. Targets are `A </s>`: the decoder's start token takes the place of what comes first."""
+        """Return the template. Targets are `A </s>`: the decoder's start token replaces what comes first."""
         tag = f"<2{self.tgt_lang}>" if self.tgt_lang else None
         before = [token for token in (self.bos_token if self.add_bos_token else None, tag) if token and not target]
         after = [self.eos_token] if self.add_eos_token and self.eos_token else []
@@ -347,9 +331,48 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         return state
 
 
+def _default_template(add_bos: bool) -> str:
+    return ("{{ bos_token }}" if add_bos else "") + CHAT_TEMPLATE
+
+
+def _check_names(languages: Sequence[str], special_tokens: Sequence[str]) -> None:
+    """Raise a ValueError for what is not a list of language codes, or not a list of tokens."""
+    if isinstance(languages, str):
+        raise ValueError(f"languages={languages!r} is a string: pass a list, [{languages!r}]")
+    for language in languages:
+        if not (isinstance(language, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", language)):
+            raise ValueError(f"languages: {language!r} is no language code: use letters, digits, - and _")
+    if isinstance(special_tokens, str) or not all(isinstance(token, str) and token for token in special_tokens):
+        raise ValueError(f"special_tokens={special_tokens!r}: pass a list of non-empty strings")
+
+
+def _check_vocabulary(tokens: Sequence[str], model: str, vocab_size: int) -> None:
+    """Raise a ValueError for special tokens that repeat, or that leave no room for what is learnt."""
+    repeated = sorted({token for token in tokens if tokens.count(token) > 1})
+    if repeated:
+        raise ValueError(f"languages or special_tokens: {repeated} occur more than once: name each token once")
+    least = smallest_vocab(model, len(tokens))
+    if not isinstance(vocab_size, int) or vocab_size < least:
+        raise ValueError(
+            f"vocab_size={vocab_size!r} is too small for model={model!r} with {len(tokens)} special tokens: "
+            f"use at least {least}"
+        )
+
+
+def _add_token(backend: Tokenizer, token: str, token_id: int, special: bool) -> None:
+    """Add a token that is never split.
+
+    Raises:
+        ValueError: Decoding would not restore it.
+    """
+    (backend.add_special_tokens if special else backend.add_tokens)([_added(token, special=special)])
+    if (restored := backend.decode([token_id], skip_special_tokens=False)) != token:
+        raise ValueError(f"special_tokens: {token!r} would be decoded as {restored!r}: use letters of ASCII")
+
+
 @contextmanager
 def settings_kept(backend: Tokenizer) -> Iterator[Tokenizer]:
-    """What a call sets on the backend is afterwards as it was, also after an error: it would be saved otherwise."""
+    """Restore what a call sets on the backend, also after an error. Otherwise it would be saved."""
     truncation, padding, split = backend.truncation, backend.padding, backend.encode_special_tokens
     normalizer, post_processor = backend.normalizer, backend.post_processor
     try:
@@ -362,7 +385,7 @@ def settings_kept(backend: Tokenizer) -> Iterator[Tokenizer]:
 
 
 def _items(text: Any, text_pair: Any, presplit: bool) -> list[Any]:
-    """The texts or pairs of a call, one or a batch, as transformers tells them apart."""
+    """Return the texts or pairs of a call, one or a batch, by the rules of transformers."""
     batched = isinstance(text, (list, tuple))
     if presplit:
         batched = batched and len(text) > 0 and isinstance(text[0], (list, tuple))
@@ -372,7 +395,7 @@ def _items(text: Any, text_pair: Any, presplit: bool) -> list[Any]:
 
 
 def _presplit_normalizer(usual: normalizers.Normalizer | None) -> normalizers.Normalizer:
-    """Gives marked words that begin with a letter of a script with spaces a space, and takes the marks off."""
+    """Give marked words a space where they begin with a letter of a script with spaces. Remove the marks."""
     return normalizers.Sequence(
         [
             normalizers.Prepend(" "),
@@ -384,14 +407,14 @@ def _presplit_normalizer(usual: normalizers.Normalizer | None) -> normalizers.No
 
 
 def _unencodable(texts: Any) -> str | None:
-    """What is wrong with the first text, in any nesting of lists, that UTF-8 cannot hold."""
+    """Say what is wrong with the first text, in any nesting of lists, that UTF-8 cannot hold. None: nothing."""
     if isinstance(texts, str):
         return unencodable(texts)
     return next(filter(None, map(_unencodable, texts)), None) if isinstance(texts, (list, tuple)) else None
 
 
 def _mark(words: Any) -> Any:
-    """Marks every word but the first of each sequence, in a sequence of words or any nesting of such sequences."""
+    """Mark every word but the first of each sequence, in a sequence of words or any nesting of such sequences."""
     if not isinstance(words, (list, tuple)) or not words:
         return words
     if isinstance(words[0], str):
@@ -400,7 +423,7 @@ def _mark(words: Any) -> Any:
 
 
 def _added(token: str, like: AddedToken | None = None, special: bool = True) -> AddedToken:
-    """A token that is never split; a mask takes the spaces before it, a language tag those after it."""
+    """Return a token that is never split. A mask takes the spaces before it, a language tag those after it."""
     if like is None:
         like = AddedToken(token, lstrip=token == "<mask>", rstrip=special and token.startswith("<2"), normalized=False)
     strips = {"single_word": like.single_word, "lstrip": like.lstrip, "rstrip": like.rstrip}

@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..configuration.checkpoint_files import read_weight_map
 from ..publishing.bundle_stamp import STAMP_NAME, read_stamp, write_stamp
+from ..publishing.weight_files import WeightFiles, weight_files
 from .checkpointing import MANIFEST_NAME, newest_complete
 from .loss_sums import LOSS_STATE_NAME
 
@@ -38,24 +37,19 @@ def last_checkpoints(output_dir: str | Path, count: int) -> list[Path]:
     return list(itertools.islice(newest_complete(output_dir), count))[::-1]
 
 
-def _weight_files(checkpoint: Path) -> dict[str, Path]:
-    """Return which file holds which tensor."""
-    index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        return {name: checkpoint / file for name, file in read_weight_map(index).items()}
-    single = checkpoint / SAFE_WEIGHTS_NAME
-    if not single.is_file():
+def _weights(checkpoint: Path) -> WeightFiles:
+    files = weight_files(checkpoint)
+    if files == [checkpoint / SAFE_WEIGHTS_NAME] and not files[0].is_file():
         raise FileNotFoundError(f"{checkpoint} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    return WeightFiles(files)
 
 
-def _mean(name: str, files: Sequence[Path]) -> Tensor:
+def _mean(name: str, checkpoints: Sequence[WeightFiles]) -> Tensor:
+    files = [weights.entries[name].file for weights in checkpoints]
     total: Tensor | None = None
     first: Tensor | None = None
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(name)
+    for path, weights in zip(files, checkpoints, strict=True):
+        tensor = weights[name]
         if first is None:
             first = tensor
             total = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -110,9 +104,10 @@ def average_checkpoints(checkpoints: Sequence[str | Path], output_dir: str | Pat
     if not checkpoints:
         raise ValueError("no checkpoints to average")
     paths = [Path(checkpoint) for checkpoint in checkpoints]
-    maps = [_weight_files(path) for path in paths]
-    for path, names in zip(paths, maps, strict=True):
-        if difference := names.keys() ^ maps[-1].keys():
+    checkpoints_weights = [_weights(path) for path in paths]
+    last = checkpoints_weights[-1]
+    for path, weights in zip(paths, checkpoints_weights, strict=True):
+        if difference := weights.keys() ^ last.keys():
             raise ValueError(f"{path} and {paths[-1]} hold different tensors: {', '.join(sorted(difference)[:5])}")
 
     output = Path(output_dir)
@@ -121,8 +116,10 @@ def average_checkpoints(checkpoints: Sequence[str | Path], output_dir: str | Pat
     staging.mkdir(parents=True)
     try:
         _copy_model_files(paths[-1], staging)
-        for shard in sorted(set(maps[-1].values())):
-            _write_mean_shard(shard, maps, staging)
+        for shard in last.files:
+            names = [name for name, entry in last.entries.items() if entry.file == shard]
+            averaged = {name: _mean(name, checkpoints_weights) for name in names}
+            save_file(averaged, staging / shard.name, metadata=last.metadata[shard] or None)
         if (stamp := read_stamp(paths[-1])) is not None:  # of a run that is pushed: other weights, another stamp
             write_stamp(staging, stamp["urform"])
         if output.is_dir():
@@ -138,12 +135,3 @@ def _copy_model_files(checkpoint: Path, target: Path) -> None:
     for file in {file for pattern in _MODEL_FILES for file in checkpoint.glob(pattern)}:
         if file.name not in _NOT_MODEL:
             shutil.copy2(file, target / file.name)
-
-
-def _write_mean_shard(shard: Path, maps: Sequence[dict[str, Path]], target: Path) -> None:
-    """Write the mean of the tensors of one shard of the last checkpoint; `maps` says which file holds which tensor."""
-    with safe_open(shard, framework="pt") as file:
-        metadata = file.metadata()
-    names = [name for name, path in maps[-1].items() if path == shard]
-    averaged = {name: _mean(name, [files[name] for files in maps]) for name in names}
-    save_file(averaged, target / shard.name, metadata=metadata)

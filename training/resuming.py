@@ -25,6 +25,7 @@ from typing import Any
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..publishing.weight_files import WeightFiles
 from .checkpointing import (
     MANIFEST_NAME,
     file_sha256,
@@ -362,18 +363,13 @@ def refuse_other_shapes(model: Any, checkpoint: Path) -> None:
     Raises:
         ValueError: If a tensor has another shape, or a class another name.
     """
-    from safetensors import safe_open
-
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for file in sorted(checkpoint.glob("model*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                saved = tuple(tensors.get_slice(name).get_shape())
-                if shapes.get(name, saved) != saved:
-                    raise ValueError(
-                        f"{checkpoint} cannot be resumed: {name} has shape {saved} there and {shapes[name]} in the "
-                        "model of this recipe; set the old sizes, or start a new run in another --output-dir"
-                    )
+    for name, saved in WeightFiles(sorted(checkpoint.glob("model*.safetensors"))).entries.items():
+        if shapes.get(name, saved.shape) != saved.shape:
+            raise ValueError(
+                f"{checkpoint} cannot be resumed: {name} has shape {saved.shape} there and {shapes[name]} in the "
+                "model of this recipe; set the old sizes, or start a new run in another --output-dir"
+            )
     path = checkpoint / "config.json"
     saved_labels = json.loads(path.read_text(encoding="utf-8")).get("id2label") if path.is_file() else None
     labels = {str(number): name for number, name in (getattr(model.config, "id2label", None) or {}).items()}

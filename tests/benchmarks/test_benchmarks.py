@@ -56,10 +56,16 @@ def test_rounds_rotate_and_follow_the_warmup(monkeypatch: pytest.MonkeyPatch) ->
     bench.compare("x", {}, contenders)
     assert seen[:6] == [(side, i) for side in ("urform", "a", "b") for i in (3, 4)]
     assert seen[6:] == [
-        ("urform", 0), ("a", 0), ("b", 0),
-        ("a", 1), ("b", 1), ("urform", 1),
-        ("b", 2), ("urform", 2), ("a", 2),
-    ]  # fmt: skip
+        ("urform", 0),
+        ("a", 0),
+        ("b", 0),
+        ("a", 1),
+        ("b", 1),
+        ("urform", 1),
+        ("b", 2),
+        ("urform", 2),
+        ("a", 2),
+    ]
 
 
 def test_short_calls_are_repeated_in_a_sample() -> None:
@@ -71,18 +77,23 @@ def test_short_calls_are_repeated_in_a_sample() -> None:
 
 def test_ratios_take_each_sides_best_within_a_group() -> None:
     samples = {
-        "urform fp32": [1.0, 1.0, 1.0], "urform bf16": [2.0, 2.0, 2.0],
-        "marian fp32": [9.0, 9.0, 9.0], "marian bf16": [4.0, 6.0, 5.0], "other": [7.0, 7.0, 7.0],
-    }  # fmt: skip
+        "urform fp32": [1.0, 1.0, 1.0],
+        "urform bf16": [2.0, 2.0, 2.0],
+        "marian fp32": [9.0, 9.0, 9.0],
+        "marian bf16": [4.0, 6.0, 5.0],
+        "other": [7.0, 7.0, 7.0],
+    }
 
     def measured(groups: dict[str, str]) -> dict[str, Any]:
         return {
             name: {
-                "side": name.split()[0], "group": groups.get(name, ""), "seconds": harness.summary(s),
+                "side": name.split()[0],
+                "group": groups.get(name, ""),
+                "seconds": harness.summary(s),
                 "peak_bytes": int(100 * s[0]),
             }
             for name, s in samples.items()
-        }  # fmt: skip
+        }
 
     found = harness.ratios(measured({}), samples)
     assert [(r["ours"], r["peer"]) for r in found] == [("urform fp32", "marian bf16"), ("urform fp32", "other")]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import urform
 from urform import UrformConfig, list_presets
-from urform.conversion.convert import choose_family, urform_config
+from urform.conversion.configs import choose_family, urform_config
 
 _BART_BASE = {"layers": 6, "ffn_dim": 3072, "attention_heads": 12}
 _OPUS_MT = {"layers": 6, "ffn_dim": 2048, "attention_heads": 8}

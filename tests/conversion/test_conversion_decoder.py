@@ -14,7 +14,7 @@ from numerics import assert_within, twice
 
 import urform
 from urform import UrformConfig
-from urform.conversion.convert import urform_config
+from urform.conversion.configs import urform_config
 from urform.conversion.families import FAMILIES
 from urform.conversion.families_decoder import DECODERS
 
@@ -86,8 +86,15 @@ def test_every_obstacle_is_listed_at_once() -> None:
 
 
 def test_families_and_classes_that_there_are_not() -> None:
-    mixtral = hf.MixtralConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
-                               num_key_value_heads=2, vocab_size=61, num_local_experts=2)  # fmt: skip
+    mixtral = hf.MixtralConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=61,
+        num_local_experts=2,
+    )
     with pytest.raises(ValueError, match=r"'mixtral'.*there are: .*llama"):
         urform.from_transformers(hf.MixtralForCausalLM(mixtral))
     with pytest.raises(ValueError, match=r"GPT2DoubleHeadsModel has no counterpart.*GPT2LMHeadModel"):

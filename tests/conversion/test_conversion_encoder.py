@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import urform
 from urform import UrformConfig
 from urform.conversion.checkpoints import convert_checkpoint
-from urform.conversion.convert import urform_config
+from urform.conversion.configs import urform_config
 from urform.conversion.families import FAMILIES
 from urform.conversion.families_encoder import ENCODERS
 
@@ -415,16 +415,24 @@ REFUSED = [
     ("RobertaModel", {"position_embedding_type": "relative_key"}),
     (
         "ModernBertModel",
-        {"rope_parameters": {k: {"rope_theta": 9.0, "rope_type": "default", "partial_rotary_factor": 0.5}
-                             for k in ("full_attention", "sliding_attention")}},
+        {
+            "rope_parameters": {
+                k: {"rope_theta": 9.0, "rope_type": "default", "partial_rotary_factor": 0.5}
+                for k in ("full_attention", "sliding_attention")
+            }
+        },
     ),
     (  # transformers overlooks it, where there is a dict per layer type
         "ModernBertModel",
-        {"rope_parameters": {k: {"rope_theta": 9.0, "rope_type": "yarn", "factor": 2.0, "truncate": False}
-                             for k in ("full_attention", "sliding_attention")}},
+        {
+            "rope_parameters": {
+                k: {"rope_theta": 9.0, "rope_type": "yarn", "factor": 2.0, "truncate": False}
+                for k in ("full_attention", "sliding_attention")
+            }
+        },
     ),
     ("BertModel", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("stock", "fields"), REFUSED)

@@ -29,10 +29,23 @@ DECODER = {**SIZES, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_atte
 GROUPED = {**DECODER, "num_key_value_heads": 2, "intermediate_size": 48, "rope_theta": 500.0}
 BERT = {**DECODER, "intermediate_size": 48}
 BART: dict[str, Any] = {**SIZES, "d_model": WIDTH, "decoder_start_token_id": 2, "is_encoder_decoder": True}
-BART |= {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in
-         {"layers": 2, "attention_heads": 4, "ffn_dim": 48}.items()}  # fmt: skip
-T5 = {"vocab_size": 60, "d_model": WIDTH, "d_kv": 8, "num_heads": 4, "num_layers": 2, "d_ff": 48, "pad_token_id": 0,
-      "eos_token_id": 1, "decoder_start_token_id": 0, "is_encoder_decoder": True}  # fmt: skip
+BART |= {
+    f"{side}_{name}": size
+    for side in ("encoder", "decoder")
+    for name, size in {"layers": 2, "attention_heads": 4, "ffn_dim": 48}.items()
+}
+T5 = {
+    "vocab_size": 60,
+    "d_model": WIDTH,
+    "d_kv": 8,
+    "num_heads": 4,
+    "num_layers": 2,
+    "d_ff": 48,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "is_encoder_decoder": True,
+}
 # Small configs as config.json spells them, by model type.
 BASES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2"), GROUPED),
@@ -265,9 +278,22 @@ def test_what_the_library_looks_for_is_known(family: str, tmp_path: Path, monkey
     assert not strange, f"see whether {sorted(strange)} change numbers of {model_class.__name__}: _LOOKED_FOR, HARMLESS"
 
 
-VALUES = [None, True, False, 0, 1, 2, 16, 0.5, "gelu", "relu", ["sliding_attention"] * LAYERS,
-          ["full_attention", "sliding_attention", "full_attention"],
-          {"rope_type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}]  # fmt: skip
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    16,
+    0.5,
+    "gelu",
+    "relu",
+    ["sliding_attention"] * LAYERS,
+    ["full_attention", "sliding_attention", "full_attention"],
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 2.0},
+]
 OLDER = set(
     "rope_scaling rotary_pct rotary_emb_base rope_local_base_freq global_rope_theta local_rope_theta n_embed "
     "sliding_window_pattern global_attn_every_n_layers num_key_value_heads attention_bias mlp_bias is_decoder "

@@ -445,9 +445,16 @@ def test_offsets_of_composed_characters_in_every_kind_of_call() -> None:
     text = "bake e\u0301n\u0303 mi\u0308lo \u1112\u1161\u11ab " * 6
     for tensors in ("pt", "np", None):
         windows = tokenizer(
-            ["bake", text], truncation=True, max_length=12, stride=3, return_overflowing_tokens=True,
-            padding="max_length", padding_side="left", return_offsets_mapping=True, return_tensors=tensors,
-        )  # fmt: skip
+            ["bake", text],
+            truncation=True,
+            max_length=12,
+            stride=3,
+            return_overflowing_tokens=True,
+            padding="max_length",
+            padding_side="left",
+            return_offsets_mapping=True,
+            return_tensors=tensors,
+        )
         seen: set[int] = set()
         for i, source in enumerate(windows["overflow_to_sample_mapping"]):
             spans = [tuple(map(int, span)) for span in windows["offset_mapping"][i]]
