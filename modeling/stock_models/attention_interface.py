@@ -35,7 +35,6 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from ..kernels.attention_biases import Bias, DenseBias
-from ..kernels.attention_direct import direct_attention, is_direct
 from ..kernels.attention_dispatch import attention
 from ..kernels.attention_layouts import Layout
 from .attention_masks import CompactMask, KnownMask, urform_mask
@@ -199,22 +198,6 @@ def _attend(
 ) -> Tensor:
     """Call `attention()` on `[B, H, L, D]` as planned; give `[B, L, H, D]`."""
     batch, heads, length, _ = query.shape
-    q_layout, kv_layout = plan.q_layout, plan.kv_layout
-    if (
-        q_layout is not None
-        and kv_layout is not None
-        and not isinstance(position_bias, Bias)
-        and plan.tokens is None
-        and plan.keys in (None, key.shape[2])
-        and query.dtype == key.dtype == value.dtype
-        and not (torch.is_grad_enabled() or options["dropout_p"] > 0)
-        and is_direct(query, q_layout, kv_layout, plain=True)
-    ):  # a decoding step: what attention() checks of users' tensors would cost as much as the attention itself
-        scale = query.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
-        given = None if position_bias is None else DenseBias(position_bias)
-        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        settings = (plan.causal, plan.window, given, options["softcap"], scale)
-        return direct_attention(q, k, v, q_layout, kv_layout, *settings)
     if plan.keys is not None:
         key, value = key[:, :, : plan.keys], value[:, :, : plan.keys]
     bias = position_bias
