@@ -35,7 +35,7 @@ def is_direct(
         or (settings.bias is not None and settings.bias.weight.requires_grad)
     ):  # fmt: skip
         return False
-    return _is_short(q, q_layout, kv_layout) and _fits(q, k, v, q_layout, kv_layout)
+    return _is_short(q, q_layout, kv_layout) and _is_sound(q, k, v, q_layout, kv_layout)
 
 
 def _is_short(q: Tensor, q_layout: Layout, kv_layout: Layout) -> bool:
@@ -45,18 +45,18 @@ def _is_short(q: Tensor, q_layout: Layout, kv_layout: Layout) -> bool:
     return q_layout.length <= MAX_DIRECT_QUERIES and q.is_cpu and q.dtype in _DTYPES
 
 
-def _fits(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, kv_layout: Layout) -> bool:
+def _is_sound(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, kv_layout: Layout) -> bool:
     """Return whether the tensors agree with each other and with their padded layouts."""
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    if not len(q_shape) == len(k_shape) == len(v_shape) == 4 or k_shape[:3] != v_shape[:3] or 0 in q_shape:
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4 or 0 in q_shape or k_shape[2] == 0:
         return False
     batch, length, heads, dim = q_shape
-    if k_shape[0] != batch or k_shape[3] != dim or k_shape[2] == 0 or heads % k_shape[2]:
+    if (batch, dim) != (k_shape[0], k_shape[3]) or k_shape[:3] != v_shape[:3] or heads % k_shape[2]:
         return False
-    if q_layout.batch != batch or q_layout.length != length or kv_layout.length != k_shape[1]:
+    if (q_layout.batch, q_layout.length) != (batch, length) or (kv_layout.batch, kv_layout.length) != k_shape[:2]:
         return False
-    same_kind = k.dtype == q.dtype == v.dtype and k.is_cpu and v.is_cpu
-    return same_kind and kv_layout.batch == batch and q_layout.lengths.is_cpu and kv_layout.lengths.is_cpu
+    same_device = k.is_cpu and v.is_cpu and q_layout.lengths.is_cpu and kv_layout.lengths.is_cpu
+    return same_device and k.dtype == q.dtype == v.dtype
 
 
 def softmax_(scores: Tensor) -> Tensor:
