@@ -12,7 +12,7 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -122,16 +122,21 @@ def attention_backends() -> dict[str, dict[str, bool]]:
     return {name: {feature: feature in backend.serves for feature in FEATURES} for name, backend in BACKENDS.items()}
 
 
-def prove_backends(device: torch.device) -> dict[str, str]:
+def prove_backends(device: torch.device, names: Collection[str] | None = None) -> dict[str, str]:
     """Run the proofs that `attention()` would run on a device, if they have not run yet.
+
+    Args:
+        device: where to run them.
+        names: of the backends in question; None: all.
 
     Returns:
         for each backend that needs a proof and can run there: what failed, "" for nothing.
     """
+    device = torch.empty(0, device=device).device  # with its index, as tensors have it
     return {
         name: prove(name, backend.run, backend.proofs, device)
         for name, backend in BACKENDS.items()
-        if backend.proofs and backend.why_not(device) is None
+        if backend.proofs and (names is None or name in names) and backend.why_not(device) is None
     }
 
 
@@ -195,14 +200,15 @@ def attention(
         scale = q.shape[-1] ** -0.5 if q.dim() > 0 else 1.0  # what has no dimensions is refused below
     settings = AttentionSettings(causal, _check_window(window), bias, softcap, scale, dropout_p, seed, return_lse)
     # A decoding step would spend as long on the checks as on the attention: `is_direct` itself sees that all is sound.
-    told = isinstance(q_layout, Layout) and isinstance(kv_layout, Layout)
-    if not told:
+    checked = False
+    if not (isinstance(q_layout, Layout) and isinstance(kv_layout, Layout)):
         q_layout, kv_layout = _check_tensors(q, k, v, q_layout, kv_layout)
+        checked = True
     if backend in ("auto", "blockwise") and is_direct(q, k, v, q_layout, kv_layout, settings):
         if bias is not None:
             _check_bias(bias, q, q_layout, kv_layout)
         return direct_attention(q, k, v, q_layout, kv_layout, settings)
-    if told:
+    if not checked:
         _check_tensors(q, k, v, q_layout, kv_layout)
     if bias is not None:
         _check_bias(bias, q, q_layout, kv_layout)

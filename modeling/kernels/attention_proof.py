@@ -155,9 +155,9 @@ def _failure(run: Run, case: ProofCase, device: torch.device) -> str:
     rounding = 2.0**-13 if case.dtype == torch.float32 else 2.0**-6
     for what, want in truth.items():
         got = results[what].to("cpu", torch.float64)
-        error, allowed = (got - want).abs().max().item(), rounding * want.abs().max().item()
-        if not error <= allowed:  # NaN is not
-            flaw = "holds NaN" if math.isnan(error) else f"is off by {error:.1e}, and rounding explains {allowed:.1e}"
+        off, allowed = (got - want).abs().max().item(), rounding * want.abs().max().item()
+        if not off <= allowed:  # NaN is not
+            flaw = "holds NaN" if math.isnan(off) else f"is off by {off:.1e}, and rounding explains {allowed:.1e}"
             return f"{case.name}: {what} {flaw}"
     return ""
 

@@ -50,7 +50,7 @@ from urform.diagnostics import kernels_check
 from urform.diagnostics.isolation_probe import CHECKS
 from urform.diagnostics.kernels_cases import CASES, KernelCase, Problem, solve_exactly, solve_plainly
 from urform.diagnostics.kernels_check import LOSS, LOSS_CASES
-from urform.modeling.kernels import attention_dispatch
+from urform.modeling.kernels import attention_dispatch, attention_proof
 from urform.modeling.kernels.attention_dispatch import FEATURES, Backend, attention_backends
 from urform.modeling.kernels.attention_reference import reference_attention
 
@@ -459,6 +459,20 @@ def test_what_cannot_run_here_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.ok and [found[name].status for name in ("full", "wide")] == ["ok", "not served"]
     assert "head dim 40" in found["wide"].reason and "head dim 40" in report.to_text()
     assert {t.backend for t in report.timings} == {"sdpa"} and "8 heads of 64, ms" in report.to_text()
+
+
+def test_a_failed_proof_fails_the_report_and_the_cases_still_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that `attention()` has left is measured all the same, and its proof's outcome stands in the report."""
+    monkeypatch.setattr(attention_proof, "OUTCOMES", {})
+    for run, outcome in ((broken(causal=False), "FAILED, so attention() leaves it here: "), (broken(), "passed")):
+        attention_proof.OUTCOMES.clear()
+        proving = Backend(run, frozenset(FEATURES), proofs=attention_proof.TRITON_CASES)
+        monkeypatch.setitem(attention_dispatch.BACKENDS, "broken", proving)
+        report = check_kernels("cpu", F32, CASES[:1], backends=["broken"], timing=False)
+        assert [result.status for result in report.results] == ["ok"]  # a case that is not causal
+        assert f"broken: proof {outcome}" in report.to_text()
+        assert report.ok == (outcome == "passed") and report.ok != ("1 proof failed" in report.to_text())
+        assert report.to_dict()["proofs"].keys() == {"broken"}
 
 
 def test_a_wrong_loss_fails(monkeypatch: pytest.MonkeyPatch) -> None:

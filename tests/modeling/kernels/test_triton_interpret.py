@@ -662,6 +662,18 @@ def interpreted_operator_gives_only_the_gradients_asked_for() -> None:
     assert q.grad is not None and q.grad.isfinite().all()
 
 
+def interpreted_operator_passes_its_proof() -> None:
+    """`attention(backend="triton")` asks for it here as on a GPU."""
+    from urform.modeling.kernels import attention_proof
+    from urform.modeling.kernels.attention_dispatch import attention
+
+    x = torch.randn(1, 20, 2, 16)
+    out = attention(x, x, x, backend="triton")
+    assert attention_proof.OUTCOMES == {("triton", "cpu", None): ""}
+    assert isinstance(out, Tensor)
+    torch.testing.assert_close(out, attention(x, x, x, backend="reference"))
+
+
 def interpreted_operator_refuses_by_name() -> None:
     from urform.modeling.kernels.triton.attention_triton import attention_triton_fwd, triton_attention
 
