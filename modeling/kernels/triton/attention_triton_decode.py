@@ -22,7 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_triton_kernels import ALIBI, DENSE, LN2, NO_BIAS, TABLE, exponential, load_rows, score_tile
+from .attention_triton_kernels import (
+    ALIBI,
+    DENSE,
+    LN2,
+    NO_BIAS,
+    TABLE,
+    BiasRows,
+    Dropout,
+    Scoring,
+    Sequence,
+    add_keys,
+    exponential,
+    load_rows,
+)
 
 try:
     import triton
@@ -63,7 +76,7 @@ def decode_split(
         return
     start_k = tl.load(StartsK + sequence).to(tl.int64)
     length_k = (tl.load(EndsK + sequence) - start_k).to(tl.int32)
-    shift = 0
+    shift = length_k * 0
     if CAUSAL:
         shift = length_k - length_q
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
@@ -102,6 +115,8 @@ def decode_split(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    seq = Sequence(start_q, start_k, length_q, high, shift)
+    dropout = Dropout(rows, 0, 0)  # there is none
     for first in range(low, high, BLOCK_N):
         if MapK is None:
             at = start_k + first
@@ -111,19 +126,12 @@ def decode_split(
             slots = tl.load(MapK + start_k + first + offs_n, mask=offs_n < high - first, other=-1).to(tl.int64)
             k = load_rows(K, slots, slots_k, stride_kn, offs_d, HEAD_DIM, BLOCK_D, UPCAST)
             v = load_rows(V, slots, slots_k, stride_vn, offs_dv, HEAD_DIM_V, BLOCK_DV, UPCAST)
-        scores, _ = score_tile(
-            tl.dot(q, tl.trans(k), input_precision="ieee"), rows[:, None], (first + offs_n)[None, :], first_row, first,
-            length_q, high, shift, left, right, scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK,
-            stride_bias_row, stride_bias_column, BLOCK_M // GROUP + 2, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP,
-            BIAS, EXACT, EXACT,
+        acc, total, top = add_keys(
+            acc, total, top, q, k, v, rows[:, None], (first + offs_n)[None, :], first_row, first, seq,
+            Scoring(left, right, scale, softcap),
+            BiasRows(Bias, MapQ, MapK, reach, stride_bias_row, stride_bias_column), dropout,
+            BLOCK_M // GROUP + 2, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, False, EXACT,
         )  # fmt: skip
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = exponential(scores - finite_top[:, None], EXACT)
-        shrink = exponential(top - finite_top, EXACT)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        top = new_top
 
     attends = total > 0
     safe_total = tl.where(attends, total, 1.0)
