@@ -17,6 +17,7 @@ Shapes: B sequences, N and M packed queries and keys, H heads, G key/value heads
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,21 +28,38 @@ from .attention_layouts import Layout
 from .attention_reference import reference_attention
 from .attention_settings import AttentionSettings
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before PyTorch 2.10
-    varlen_attn = None  # type: ignore[assignment]
-
 FEATURES = frozenset(("causal", "window", "gqa", "padded", "packed", "mixed"))
 MIN_CAPABILITY = (8, 0)  #: PyTorch's flash attention needs Ampere or later
 
 
+class _Kernel(NamedTuple):
+    """PyTorch's function, and whether it takes `enable_gqa` (2.11 does not)."""
+
+    attend: Callable[..., Any]
+    takes_groups: bool
+
+
+_LOADED: dict[str, _Kernel | None] = {}
+
+
+def _load() -> _Kernel | None:
+    """Import PyTorch's function on first use, for it brings torch's compiler along; None before PyTorch 2.10."""
+    if "kernel" not in _LOADED:
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            _LOADED["kernel"] = None
+        else:
+            _LOADED["kernel"] = _Kernel(varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters)
+    return _LOADED["kernel"]
+
+
 def varlen_why_not(device: torch.device) -> str | None:
     """Return why the backend cannot run on a device, or None."""
-    if varlen_attn is None:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen (torch 2.10 or later has)"
     if device.type != "cuda":
         return f"it needs a GPU and the tensors are on {device.type}"
+    if _load() is None:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen (torch 2.10 or later has)"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return f"it needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or higher"
     return None
@@ -73,24 +91,24 @@ def varlen_attention(
     """Compute attention by `torch.nn.attention.varlen.varlen_attn`; the dispatcher refuses what it does not serve."""
     if 0 in q.shape or 0 in k.shape:
         return reference_attention(q, k, v, q_layout, kv_layout, settings)
+    kernel = _load()
+    if kernel is None:
+        raise ValueError(f"backend='varlen' cannot run here: {varlen_why_not(q.device)}; use 'auto'")
     q_tokens, kv_tokens = _packed_tokens(q_layout), _packed_tokens(kv_layout)
     q_NHD, k_MGD, v_MGD = q_tokens.pack(q), kv_tokens.pack(k), kv_tokens.pack(v)
     options: dict[str, Any] = {}
     if q_NHD.shape[1] != k_MGD.shape[1]:
-        if _TAKES_GROUPS:
+        if kernel.takes_groups:
             options["enable_gqa"] = True
         else:
             groups = q_NHD.shape[1] // k_MGD.shape[1]
             k_MGD, v_MGD = k_MGD.repeat_interleave(groups, dim=1), v_MGD.repeat_interleave(groups, dim=1)
     left, right = (-1 if side is None else side for side in settings.reach)
-    out_NHD = varlen_attn(
+    out_NHD = kernel.attend(
         q_NHD, k_MGD, v_MGD, q_tokens.cu_seqlens, kv_tokens.cu_seqlens, q_layout.length, kv_layout.length,
         scale=settings.scale, window_size=(left, right), **options,
     )  # fmt: skip
     return q_tokens.unpack(out_NHD, q_layout), None
-
-
-_TAKES_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters  #: torch 2.12
 
 
 class _PackedTokens(NamedTuple):

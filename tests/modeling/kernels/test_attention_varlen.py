@@ -63,13 +63,18 @@ def older_varlen_attn(
     )
 
 
+def put(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
+    """Let the backend find another function than PyTorch's."""
+    takes_groups = "enable_gqa" in inspect.signature(function).parameters
+    monkeypatch.setitem(attention_varlen._LOADED, "kernel", attention_varlen._Kernel(function, takes_groups))
+
+
 @pytest.fixture(autouse=True)
 def documented(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if "gpu" in request.keywords:
         return
     CALLS.clear()
-    monkeypatch.setattr(attention_varlen, "varlen_attn", documented_varlen_attn)
-    monkeypatch.setattr(attention_varlen, "_TAKES_GROUPS", True)
+    put(monkeypatch, documented_varlen_attn)
     monkeypatch.setattr(attention_proof, "OUTCOMES", {})
 
 
@@ -159,8 +164,7 @@ def test_windows_without_causality(layouts: str, window: Any) -> None:
 def test_grouped_heads_of_new_and_old_torch(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
     agree(*LAYOUTS["packed"], SETTINGS["causal"], groups)
     assert CALLS[0]["enable_gqa"] == (groups < 4)
-    monkeypatch.setattr(attention_varlen, "varlen_attn", older_varlen_attn)
-    monkeypatch.setattr(attention_varlen, "_TAKES_GROUPS", False)
+    put(monkeypatch, older_varlen_attn)
     agree(*LAYOUTS["packed"], SETTINGS["causal"], groups)
 
 
@@ -200,7 +204,7 @@ def test_a_kernel_that_aligns_causality_elsewhere_fails_its_proof(
         settings = AttentionSettings(window=(None, 0), scale=options["scale"])  # positions from 0 on both sides
         return reference_attention(query, key, value, *layouts, settings)[0]
 
-    monkeypatch.setattr(attention_varlen, "varlen_attn", top_left)
+    put(monkeypatch, top_left)
     q_layout, kv_layout = LAYOUTS["packed, fewer queries"]
     q, k, v = (x.to(torch.float16) for x in tensors(q_layout, kv_layout))
     options: Any = dict(q_layout=q_layout, kv_layout=kv_layout, causal=True)
@@ -242,7 +246,7 @@ def test_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "8.0" in str(attention_varlen.varlen_why_not(torch.device("cuda")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert attention_varlen.varlen_why_not(torch.device("cuda")) is None
-    monkeypatch.setattr(attention_varlen, "varlen_attn", None)
+    monkeypatch.setitem(attention_varlen._LOADED, "kernel", None)
     assert "no torch.nn.attention.varlen" in str(attention_varlen.varlen_why_not(torch.device("cuda")))
 
 
