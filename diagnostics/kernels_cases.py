@@ -17,6 +17,7 @@ from torch import Tensor
 from ..modeling.kernels.attention_biases import ALiBi, Bias, DenseBias, RelativeBias, T5Bias
 from ..modeling.kernels.attention_layouts import Layout, query_positions, visible
 from ..modeling.kernels.attention_reference import dropout_keep, reference_attention
+from ..modeling.kernels.attention_settings import AttentionSettings
 
 _SEED = 2**40 + 3
 
@@ -188,10 +189,9 @@ class Problem:
 
 
 def solve_exactly(problem: Problem, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None) -> tuple[Tensor, Tensor | None]:
-    """Run the reference backend, in whatever dtype the tensors have."""
-    return reference_attention(
-        q, k, v, problem.q_layout, problem.kv_layout, bias=bias, scale=q.shape[-1] ** -0.5, **problem.options()
-    )
+    """Run the reference backend, in the tensors' own dtype."""
+    settings = AttentionSettings(bias=bias, scale=q.shape[-1] ** -0.5, **problem.options())
+    return reference_attention(q, k, v, problem.q_layout, problem.kv_layout, settings)
 
 
 def solve_plainly(problem: Problem, q: Tensor, k: Tensor, v: Tensor, bias: Bias | None) -> tuple[Tensor, Tensor | None]:

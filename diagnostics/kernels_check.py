@@ -13,6 +13,9 @@ largest over several draws of the inputs.
 Gradients of "sdpa" in half precision may be off by twice as much (`_SLACK`).
 A backend that gives other than 0 at padding or in rows without keys, or NaN or infinity anywhere, fails in any case.
 
+The report also says which backends passed the proof that `attention()` asks of them before their first use on a device
+(`attention_proof`). One that fails it is left by `attention()` but tested here all the same.
+
 Shapes: B batch, L queries, S keys, N packed tokens, H heads, G key/value heads, D head dim, E hidden, V vocabulary.
 """
 
@@ -21,8 +24,9 @@ from __future__ import annotations
 import platform
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from itertools import product
 from statistics import median
@@ -33,7 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling.kernels.attention_biases import Bias
-from ..modeling.kernels.attention_dispatch import FEATURES, attention, attention_backends
+from ..modeling.kernels.attention_dispatch import FEATURES, attention, attention_backends, prove_backends
+from ..modeling.kernels.attention_proof import proofs_disregarded
 from ..modeling.kernels.loss_linear_cross_entropy import linear_cross_entropy
 from .kernels_cases import CASES, KernelCase, Problem, solve_exactly, solve_plainly
 from .reports import jsonable, table
@@ -92,51 +97,74 @@ class KernelTiming:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """What `check_kernels` found."""
+    """What `check_kernels` found.
+
+    Attributes:
+        device: where it ran.
+        environment: versions, and what the machine can do.
+        results: one for each backend, case and dtype.
+        timings: of a larger problem.
+        proofs: of each backend that must prove itself on a device before `attention()` uses it there, what failed; ""
+            for nothing.
+    """
 
     device: str
     environment: dict[str, str]
     results: tuple[KernelResult, ...]
     timings: tuple[KernelTiming, ...]
+    proofs: dict[str, str] = field(default_factory=dict)
 
     @property
     def failures(self) -> tuple[KernelResult, ...]:
-        """The results that are wrong."""
+        """Return the results that are wrong."""
         return tuple(result for result in self.results if result.status == FAIL)
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed; what is not served or unavailable does not count."""
-        return not self.failures
+        """Return whether no case and no proof failed; what is not served or unavailable does not count."""
+        return not self.failures and not any(self.proofs.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report for JSON."""
         return jsonable({"ok": self.ok, **asdict(self)})
 
     def to_text(self) -> str:
-        """Give the table: a row per case, a column per backend, in each cell the ratios by dtype."""
-        backends = list(dict.fromkeys(result.backend for result in self.results))
+        """Return the tables (a row per case, a column per backend, ratios by dtype in a cell) and what failed."""
         dtypes = list(dict.fromkeys(result.dtype for result in self.results))
+        absent = {result.backend: result.reason for result in self.results if result.status == UNAVAILABLE}
+        shown = [name for name in dict.fromkeys(r.backend for r in self.results) if name not in {*absent, LOSS}]
         lines = [f"{name}: {value}" for name, value in self.environment.items()]
-        gone = [r for r in self.results if r.status == UNAVAILABLE]
-        lines += [f"{name}: unavailable: {reason}" for name, reason in
-                  dict.fromkeys((r.backend, r.reason) for r in gone)]  # fmt: skip
-        shown = [name for name in backends if name not in {r.backend for r in gone} and name != LOSS]
+        lines += [f"{name}: unavailable: {reason}" for name, reason in absent.items()]
+        lines += [f"{name}: proof {_outcome(failure)}" for name, failure in self.proofs.items()]
         if shown:
             lines += ["", f"Largest error / tolerance, {', '.join(dtypes)} (above 1 is FAIL, - is not served):"]
             lines += self._table(shown, dtypes)
-        lines += ["", *self._table([LOSS], dtypes)] if LOSS in backends else []
-        refused = [r for r in self.results if r.status == NOT_SERVED]
-        for name in dict.fromkeys(r.backend for r in refused):
-            reasons = dict.fromkeys(part for r in refused if r.backend == name for part in r.reason.split(", "))
-            lines += ["", f"{name} does not serve: {', '.join(reasons)}"]
-        if self.timings:
-            lines += ["", f"Forward and backward of {self.timings[0].problem}, ms:"]
-            lines += [f"  {t.backend:12} {t.dtype:9} {t.milliseconds:9.1f}" for t in self.timings]
+        if any(result.backend == LOSS for result in self.results):
+            lines += ["", *self._table([LOSS], dtypes)]
+        lines += [*self._refusals(), *self._timings()]
         lines += [""] if self.failures else []
         lines += [f"FAIL {r.backend} / {r.case} / {r.dtype}: {r.reason}" for r in self.failures]
-        count = {s: sum(r.status == s for r in self.results) for s in (OK, FAIL, NOT_SERVED, UNAVAILABLE)}
-        return "\n".join([*lines, "", ", ".join(f"{n} {status}" for status, n in count.items() if n)])
+        return "\n".join([*lines, "", self._counts()])
+
+    def _refusals(self) -> list[str]:
+        """List what each backend does not serve."""
+        parts: dict[str, dict[str, None]] = {}
+        for result in self.results:
+            if result.status == NOT_SERVED:
+                parts.setdefault(result.backend, {}).update(dict.fromkeys(result.reason.split(", ")))
+        return [line for name in parts for line in ("", f"{name} does not serve: {', '.join(parts[name])}")]
+
+    def _timings(self) -> list[str]:
+        if not self.timings:
+            return []
+        lines = ["", f"Forward and backward of {self.timings[0].problem}, ms:"]
+        return lines + [f"  {t.backend:12} {t.dtype:9} {t.milliseconds:9.1f}" for t in self.timings]
+
+    def _counts(self) -> str:
+        counts = Counter(result.status for result in self.results)
+        said = [f"{counts[status]} {status}" for status in (OK, FAIL, NOT_SERVED, UNAVAILABLE) if counts[status]]
+        failed = sum(map(bool, self.proofs.values()))
+        return ", ".join(said + ([f"{failed} proof{'s' * (failed > 1)} failed"] if failed else []))
 
     def _table(self, backends: list[str], dtypes: list[str]) -> list[str]:
         found = {(r.backend, r.case, r.dtype): r for r in self.results}
@@ -149,6 +177,10 @@ class KernelReport:
                 cells.append(" ".join(_cell(result) for result in results))
             rows.append([case, *cells])
         return table(rows)
+
+
+def _outcome(failure: str) -> str:
+    return f"FAILED, so attention() leaves it here: {failure}" if failure else "passed"
 
 
 def _cell(result: KernelResult | None) -> str:
@@ -179,6 +211,29 @@ def check_kernels(
             not floating point.
     """
     device = _find_device(device)
+    chosen = _check_arguments(dtypes, cases, backends)
+    results: list[KernelResult] = []
+    timings: list[KernelTiming] = []
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        proofs = prove_backends(device, chosen)
+        for backend in chosen:
+            if backend == LOSS:
+                results += [_check_loss(name, dtype, device) for name, dtype in product(LOSS_CASES, dtypes)]
+                continue
+            with (
+                proofs_disregarded()
+            ):  # one that failed its proof is left by attention(); here it shows how wrong it is
+                found, timed = _check_backend(backend, dtypes, cases, device, timing)
+            results += found
+            timings += timed
+    return KernelReport(str(device), _environment(device), tuple(results), tuple(timings), proofs)
+
+
+def _check_arguments(
+    dtypes: Sequence[torch.dtype], cases: Sequence[KernelCase], backends: Sequence[str] | None
+) -> list[str]:
+    """Check the arguments of `check_kernels`; return the backends to test, in the table's order."""
     if not dtypes or not cases:
         raise ValueError(f"dtypes={tuple(dtypes)!r} and cases ({len(cases)} given) must each hold at least one")
     for dtype in dtypes:
@@ -188,30 +243,29 @@ def check_kernels(
     for name in backends or ():
         if name not in known:
             raise ValueError(f"backends holds {name!r}, which is not known; use some of {known}")
-    backends = known if backends is None else backends
+    return [name for name in known if backends is None or name in backends]
+
+
+def _check_backend(
+    backend: str, dtypes: Sequence[torch.dtype], cases: Sequence[KernelCase], device: torch.device, timing: bool
+) -> tuple[list[KernelResult], list[KernelTiming]]:
+    """Run all cases in all dtypes on a backend, and time it unless it is slow."""
+    missing = _unavailable(backend, device)
+    if missing:
+        absent = [
+            KernelResult(backend, case.name, _name(dtype), UNAVAILABLE, reason=missing)
+            for case, dtype in product(cases, dtypes)
+        ]
+        return absent, []
     results: list[KernelResult] = []
     timings: list[KernelTiming] = []
-    with warnings.catch_warnings(), torch.enable_grad():
-        warnings.simplefilter("ignore")
-        for backend, served in attention_backends().items():
-            if backend not in backends:
-                continue
-            missing = _unavailable(backend, device)
-            if missing:
-                results += [
-                    KernelResult(backend, case.name, _name(dtype), UNAVAILABLE, reason=missing)
-                    for case, dtype in product(cases, dtypes)
-                ]
-                continue
-            for dtype in dtypes:
-                found = [_check(backend, served, case, dtype, device) for case in cases]
-                results += found
-                slow = median(result.milliseconds or 0 for result in found) > 500  # Triton's interpreter
-                timed = _time(backend, dtype, device) if timing and not slow else None
-                timings += [] if timed is None else [timed]
-        if LOSS in backends:
-            results += [_check_loss(name, dtype, device) for name, dtype in product(LOSS_CASES, dtypes)]
-    return KernelReport(str(device), _environment(device), tuple(results), tuple(timings))
+    for dtype in dtypes:
+        found = [_check(backend, case, dtype, device) for case in cases]
+        results += found
+        slow = median(result.milliseconds or 0 for result in found) > 500  # Triton's interpreter
+        timed = _time(backend, dtype, device) if timing and not slow else None
+        timings += [] if timed is None else [timed]
+    return results, timings
 
 
 def _find_device(device: str | torch.device | None) -> torch.device:
@@ -256,7 +310,7 @@ def _environment(device: torch.device) -> dict[str, str]:
 
 def _unavailable(backend: str, device: torch.device) -> str:
     """Say why a backend cannot run here at all; "" if it can. It is asked for the simplest thing there is."""
-    x = torch.ones(1, 16, 1, 32, device=device)
+    x = torch.ones(1, 16, 1, 32, dtype=torch.float16, device=device)  # which every backend serves
     try:
         attention(x, x, x, backend=backend)
     except (ImportError, ValueError) as error:  # refusals; anything else is a failure and shows in the cases
@@ -266,8 +320,8 @@ def _unavailable(backend: str, device: torch.device) -> str:
     return ""
 
 
-def _check(backend: str, served: dict[str, bool], case: KernelCase, dtype: torch.dtype,
-           device: torch.device) -> KernelResult:  # fmt: skip
+def _check(backend: str, case: KernelCase, dtype: torch.dtype, device: torch.device) -> KernelResult:
+    served = attention_backends()[backend]
     missing = [text for feature, text in FEATURES.items() if feature in case.needs and not served[feature]]
     if missing:
         return KernelResult(backend, case.name, _name(dtype), NOT_SERVED, reason=", ".join(missing))
@@ -308,20 +362,29 @@ def _judge(
         reason = _first_line(raised) if refused else f"{type(raised).__name__}: {_first_line(raised)}"
         return KernelResult(backend, case, _name(dtype), NOT_SERVED if refused else FAIL, reason=reason)
     want = truth(0)
-    draws = _DRAWS if min(x.numel() for x in want.values()) < 32 else 1
-    yardsticks = [_errors(plain(draw), truth(draw)) for draw in range(draws)]
-    yardstick = {name: max(errors[name] for errors in yardsticks) for name in want}
-    if dtype.itemsize < 4:
-        slack = _SLACK.get(backend, 1.0)
-        yardstick = {name: error * (slack if name.startswith("d") else 1) for name, error in yardstick.items()}
+    yardstick = _yardstick(backend, dtype, want, truth, plain)
     measured = [(name, *_compare(got.get(name), want[name], yardstick[name], name)) for name in want]
     worst, error, tolerance, flaw = max(measured, key=lambda row: row[1] / row[2])
     ratio = error / tolerance
+    result = KernelResult(backend, case, _name(dtype), OK, ratio, worst, error, tolerance, milliseconds=milliseconds)
+    if ratio <= 1:
+        return result
     flaw = flaw or f"{worst} is off by {error:.1e}, {ratio:.1f} times the tolerance {tolerance:.1e}"
-    return KernelResult(
-        backend, case, _name(dtype), OK if ratio <= 1 else FAIL, ratio, worst, error, tolerance,
-        "" if ratio <= 1 else flaw, milliseconds,
-    )  # fmt: skip
+    return replace(result, status=FAIL, reason=flaw)
+
+
+def _yardstick(
+    backend: str,
+    dtype: torch.dtype,
+    want: dict[str, Tensor],
+    truth: Callable[[int], dict[str, Tensor]],
+    plain: Callable[[int], dict[str, Tensor]],
+) -> dict[str, float]:
+    """Return plain PyTorch's error for each tensor, the largest of several draws where tensors have few numbers."""
+    draws = _DRAWS if min(x.numel() for x in want.values()) < 32 else 1
+    errors = [_errors(plain(draw), truth(draw)) for draw in range(draws)]
+    slack = _SLACK.get(backend, 1.0) if dtype.itemsize < 4 else 1.0
+    return {name: max(e[name] for e in errors) * (slack if name.startswith("d") else 1) for name in want}
 
 
 def _errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:

@@ -1,5 +1,8 @@
 """`attention()`: the one entry to every attention backend, its checks, and the table of who can serve what.
 
+The dispatcher prefers by feature, by speed and by proof: a backend whose kernels are compiled on the user's machine or
+come with a PyTorch build runs only after it has agreed with the reference there (`attention_proof`).
+
 Shapes: B batch, L queries, S keys, N packed tokens, H heads, G key/value heads, D head dim.
 """
 
@@ -9,18 +12,21 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention_biases import Bias
-from .attention_direct import is_direct
+from .attention_direct import MAX_DIRECT_QUERIES, direct_attention, is_direct
 from .attention_layouts import Layout
+from .attention_proof import TRITON_CASES, VARLEN_CASES, ProofCase, Run, prove, why_unproven
 from .attention_reference import reference_attention
 from .attention_sdpa import sdpa_attention
+from .attention_settings import AttentionSettings, Window
+from .attention_varlen import FEATURES as VARLEN_FEATURES
+from .attention_varlen import varlen_attention, varlen_refuses, varlen_why_not
 from .blockwise.attention_blockwise import blockwise_attention
 
 FEATURES: dict[str, str] = {
@@ -43,7 +49,16 @@ FEATURES: dict[str, str] = {
 }
 
 
+Arguments = tuple[Tensor, Tensor, Tensor, Layout, Layout, AttentionSettings]  #: what every backend takes
+
+
 def _anywhere(device: torch.device) -> str | None:
+    return None
+
+
+def _anything(
+    q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, kv_layout: Layout, settings: AttentionSettings
+) -> str | None:
     return None
 
 
@@ -55,19 +70,25 @@ class Backend:
         run: the function.
         serves: the features (keys of `FEATURES`) it serves.
         draws: whether it draws its own dropout where no seed is given.
-        why_not: says why it cannot run on a device here, or None.
+        why_not: returns why it cannot run on a device here, or None.
+        refuses: returns why it does not serve tensors whose features it serves, or None.
+        proofs: what it must solve on a device before `attention()` uses it there; none where it is plain PyTorch.
     """
 
-    run: Callable[..., tuple[Tensor, Tensor | None]]
+    run: Run
     serves: frozenset[str]
     draws: bool = False
     why_not: Callable[[torch.device], str | None] = _anywhere
+    refuses: Callable[[Tensor, Tensor, Tensor, Layout, Layout, AttentionSettings], str | None] = _anything
+    proofs: tuple[ProofCase, ...] = ()
 
 
-def _triton(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, kv_layout: Layout, settings: AttentionSettings
+) -> tuple[Tensor, Tensor | None]:
     from .triton.attention_triton import triton_attention  # Triton is loaded by whoever uses it
 
-    return triton_attention(*tensors, **options)
+    return triton_attention(q, k, v, q_layout, kv_layout, settings)
 
 
 def _no_triton(device: torch.device) -> str | None:
@@ -78,23 +99,45 @@ def _no_triton(device: torch.device) -> str | None:
     return None
 
 
+_ALL = frozenset(FEATURES)
 #: The capability table.
 BACKENDS: dict[str, Backend] = {
-    "triton": Backend(_triton, frozenset(FEATURES) - {"float64", "wide"}, why_not=_no_triton),
-    "blockwise": Backend(blockwise_attention, frozenset(FEATURES), draws=True),
-    "sdpa": Backend(sdpa_attention, frozenset(FEATURES) - {"softcap", "seed", "lse"}, draws=True),
-    "reference": Backend(reference_attention, frozenset(FEATURES)),
+    "varlen": Backend(
+        varlen_attention, VARLEN_FEATURES, why_not=varlen_why_not, refuses=varlen_refuses, proofs=VARLEN_CASES
+    ),
+    "triton": Backend(_triton, _ALL - {"float64", "wide"}, why_not=_no_triton, proofs=TRITON_CASES),
+    "blockwise": Backend(blockwise_attention, _ALL, draws=True),
+    "sdpa": Backend(sdpa_attention, _ALL - {"softcap", "seed", "lse"}, draws=True),
+    "reference": Backend(reference_attention, _ALL),
 }
 
 #: On CPUs PyTorch's kernels win from about this many keys on; below, theirs are slow in backward passes.
-LONG = 512
+MIN_SDPA_KEYS = 512
 
 _warned: set[str] = set()
 
 
 def attention_backends() -> dict[str, dict[str, bool]]:
-    """Give the capability table: backend -> feature -> whether it is served."""
+    """Return the capability table: backend -> feature -> whether it is served."""
     return {name: {feature: feature in backend.serves for feature in FEATURES} for name, backend in BACKENDS.items()}
+
+
+def prove_backends(device: torch.device, names: Collection[str] | None = None) -> dict[str, str]:
+    """Run the proofs that `attention()` would run on a device, if they have not run yet.
+
+    Args:
+        device: where to run them.
+        names: of the backends in question; None: all.
+
+    Returns:
+        for each backend that needs a proof and can run there: what failed, "" for nothing.
+    """
+    device = torch.empty(0, device=device).device  # with its index, as tensors have it
+    return {
+        name: prove(name, backend.run, backend.proofs, device)
+        for name, backend in BACKENDS.items()
+        if backend.proofs and (names is None or name in names) and backend.why_not(device) is None
+    }
 
 
 def attention(
@@ -149,95 +192,156 @@ def attention(
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not known; use 'auto' or one of {sorted(BACKENDS)}")
-    q, k, v = _under_autocast(q, k, v)
-    _check_tensors(q, k, v)
-    q_layout = _check_layout("q", q, q_layout)
-    kv_layout = _check_layout("k", k, kv_layout)
-    if q_layout.batch != kv_layout.batch:
-        raise ValueError(f"q has {q_layout.batch} sequences and k has {kv_layout.batch}; they must correspond")
-    window = _check_window(window)
     _check_numbers(softcap, scale, dropout_p, seed)
+    if bias is not None and not isinstance(bias, Bias):
+        raise ValueError(f"bias must be a bias object, got {type(bias).__name__}; wrap a tensor in DenseBias(tensor)")
+    q, k, v = _under_autocast(q, k, v)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5 if q.dim() > 0 else 1.0  # what has no dimensions is refused below
+    settings = AttentionSettings(causal, _check_window(window), bias, softcap, scale, dropout_p, seed, return_lse)
+    # A decoding step would spend as long on the checks as on the attention: `is_direct` itself sees that all is sound.
+    checked = False
+    if not (isinstance(q_layout, Layout) and isinstance(kv_layout, Layout)):
+        q_layout, kv_layout = _check_tensors(q, k, v, q_layout, kv_layout)
+        checked = True
+    if backend in ("auto", "blockwise") and is_direct(q, k, v, q_layout, kv_layout, settings):
+        if bias is not None:
+            _check_bias(bias, q, q_layout, kv_layout)
+        return direct_attention(q, k, v, q_layout, kv_layout, settings)
+    if not checked:
+        _check_tensors(q, k, v, q_layout, kv_layout)
     if bias is not None:
         _check_bias(bias, q, q_layout, kv_layout)
+    out, lse = _run((q, k, v, q_layout, kv_layout, settings), backend)
+    return out if lse is None else (out, lse)
 
+
+def _run(arguments: Arguments, backend: str) -> tuple[Tensor, Tensor | None]:
+    """Choose a backend and run it; one that does not draw its own dropout gets a seed."""
+    q, settings = arguments[0], arguments[-1]
+    needed = _needed(*arguments)
+    if backend == "auto":
+        chosen = BACKENDS[_choose(_preference(arguments, needed), needed, arguments)]
+    else:
+        chosen = BACKENDS[_require(backend, needed, arguments)]
+    if settings.dropout_p > 0 and settings.seed is None and not chosen.draws:
+        causal, window, bias, softcap, scale, dropout_p, _, return_lse = settings
+        seed = torch.randint(1 << 62, (), device=q.device)
+        settings = AttentionSettings(causal, window, bias, softcap, scale, dropout_p, seed, return_lse)
+    return chosen.run(*arguments[:-1], settings)
+
+
+def _needed(
+    q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, kv_layout: Layout, settings: AttentionSettings
+) -> set[str]:
+    """Return the features that a call asks for."""
     needs = {
-        "causal": causal,
-        "window": window is not None,
+        "causal": settings.causal,
+        "window": settings.window is not None,
         "gqa": q.shape[-2] != k.shape[-2],
         "padded": q_layout.mask is not None or kv_layout.mask is not None,
         "packed": q_layout.is_packed and kv_layout.is_packed,
         "mixed": q_layout.is_packed != kv_layout.is_packed,
-        "softcap": softcap is not None,
-        "dropout": dropout_p > 0,
-        "seed": dropout_p > 0 and seed is not None,
-        "lse": return_lse,
+        "softcap": settings.softcap is not None,
+        "dropout": settings.dropout_p > 0,
+        "seed": settings.dropout_p > 0 and settings.seed is not None,
+        "lse": settings.return_lse,
         "float64": q.dtype == torch.float64,
         "wide": max(q.shape[-1], v.shape[-1]) > 256,
     }
-    needed = {feature for feature, needed in needs.items() if needed} | ({bias.kind} if bias is not None else set())
-    if backend == "auto":
-        leaves = (q, k, v) if bias is None else (q, k, v, bias.weight)
-        trains = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
-        chosen = BACKENDS[_choose(_preference(q, q_layout, kv_layout, needed, trains), needed, q.device)]
-    else:
-        chosen = BACKENDS[_require(backend, needed, q.device)]
-    if dropout_p > 0 and seed is None and not chosen.draws:
-        seed = torch.randint(1 << 62, (), device=q.device)
-    out, lse = chosen.run(
-        q, k, v, q_layout, kv_layout, causal=causal, window=window, bias=bias, softcap=softcap,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale, dropout_p=dropout_p, seed=seed, return_lse=return_lse,
-    )  # fmt: skip
-    return out if lse is None else (out, lse)
+    needed = {feature for feature, yes in needs.items() if yes}
+    return needed if settings.bias is None else needed | {settings.bias.kind}
 
 
-def _preference(q: Tensor, q_layout: Layout, kv_layout: Layout, needed: set[str], trains: bool) -> list[str]:
-    """Order the backends by speed for this case."""
+def _trains(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> bool:
+    leaves = (q, k, v) if settings.bias is None else (q, k, v, settings.bias.weight)
+    return torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+
+
+def _preference(arguments: Arguments, needed: set[str]) -> list[str]:
+    """Order the backends by speed for a call."""
+    q, k, v, q_layout, _, settings = arguments
+    trains = _trains(q, k, v, settings)
     if q.device.type != "cpu":
-        return ["triton", "sdpa", "blockwise", "reference"]
+        decodes = not trains and q_layout.length <= MAX_DIRECT_QUERIES  # Triton reads a padded cache where it is
+        first = ["triton", "varlen"] if decodes else ["varlen", "triton"]
+        return [*first, "sdpa", "blockwise", "reference"]
     if torch.compiler.is_compiling() and not needed & {"packed", "mixed"}:
         return ["sdpa", "reference", "blockwise"]  # operations that every compiler and exporter knows
-    if is_direct(q, q_layout, kv_layout, not trains and not needed & {"dropout", "lse"}):
-        return ["blockwise", "sdpa", "reference"]
-    if "packed" in needed:
-        square = q_layout.known_sizes == kv_layout.known_sizes
-    else:
-        square = q_layout.mask is kv_layout.mask is None and q_layout.length == kv_layout.length
-    # Else sdpa would need a mask, a bias or weights of L x S.
-    small = not needed & {"window", "alibi", "t5", "relative", "dropout"} and ("causal" not in needed or square)
-    total = sum(kv_layout.known_sizes) if kv_layout.known_sizes else kv_layout.length * kv_layout.batch
-    # PyTorch's CPU kernel sums dk and dv in half precision: three times the error of plain products at 530 tokens.
-    exact = not trains or (q.dtype in (torch.float32, torch.float64) and "dense" not in needed)
-    long = total >= LONG * kv_layout.batch and exact
     plain = not trains and not needed & {"packed", "mixed"}  # one call, where the others run Python
-    return ["sdpa", "blockwise", "reference"] if small and (long or plain) else ["blockwise", "sdpa", "reference"]
+    if _sdpa_stays_small(arguments, needed) and (plain or _sdpa_pays(arguments, needed, trains)):
+        return ["sdpa", "blockwise", "reference"]
+    return ["blockwise", "sdpa", "reference"]
 
 
-def _require(backend: str, needed: set[str], device: torch.device) -> str:
-    """Give the name of a backend that was asked for, or say why it cannot serve."""
-    missing = _names(needed - BACKENDS[backend].serves)
+def _sdpa_stays_small(arguments: Arguments, needed: set[str]) -> bool:
+    """Return whether sdpa needs no mask, bias or weights of L x S."""
+    if needed & {"window", "alibi", "t5", "relative", "dropout"}:
+        return False
+    if "causal" not in needed:
+        return True
+    q_layout, kv_layout = arguments[3:5]
+    if "packed" in needed:
+        return q_layout.known_sizes == kv_layout.known_sizes
+    return q_layout.mask is kv_layout.mask is None and q_layout.length == kv_layout.length
+
+
+def _sdpa_pays(arguments: Arguments, needed: set[str], trains: bool) -> bool:
+    """Return whether sequences are long enough for PyTorch's CPU kernel, and its gradients exact enough.
+
+    It sums dk and dv in half precision: three times the error of plain products at 530 tokens.
+    """
+    q, kv_layout = arguments[0], arguments[4]
+    total = sum(kv_layout.known_sizes) if kv_layout.known_sizes else kv_layout.length * kv_layout.batch
+    exact = not trains or (q.dtype in (torch.float32, torch.float64) and "dense" not in needed)
+    return total >= MIN_SDPA_KEYS * kv_layout.batch and exact
+
+
+def _why_left(name: str, needed: set[str], arguments: Arguments) -> str | None:
+    """Return why a backend is not for a call, or None; its proof is not asked."""
+    backend = BACKENDS[name]
+    missing = _names(needed - backend.serves)
     if missing:
-        able = [name for name, other in BACKENDS.items() if needed <= other.serves and other.why_not(device) is None]
-        raise ValueError(f"backend={backend!r} does not serve {missing}; use 'auto' or one of {able}")
-    reason = BACKENDS[backend].why_not(device)
+        return f"it does not serve {missing}"
+    return backend.why_not(arguments[0].device) or backend.refuses(*arguments)
+
+
+def _require(name: str, needed: set[str], arguments: Arguments) -> str:
+    """Return the name of a backend that was asked for, or say why it cannot serve."""
+    backend, device = BACKENDS[name], arguments[0].device
+    missing = _names(needed - backend.serves)
+    if missing:
+        able = [other for other in BACKENDS if _why_left(other, needed, arguments) is None]
+        raise ValueError(f"backend={name!r} does not serve {missing}; use 'auto' or one of {able}")
+    reason = backend.why_not(device)
     if reason is not None:
-        raise ValueError(f"backend={backend!r} cannot run here: {reason}; use 'auto'")
-    return backend
+        raise ValueError(f"backend={name!r} cannot run here: {reason}; use 'auto'")
+    reason = backend.refuses(*arguments)
+    if reason is not None:
+        raise ValueError(f"backend={name!r} does not serve these tensors: {reason}; use 'auto'")
+    reason = why_unproven(name, backend.run, backend.proofs, arguments[0], by_name=True)
+    if reason is not None:
+        raise ValueError(f"backend={name!r} cannot run here: {reason}; use 'auto'")
+    return name
 
 
-def _choose(names: list[str], needed: set[str], device: torch.device) -> str:
-    """Give the first backend that serves; warn once, with the reason, where the fast path is left."""
+def _choose(names: list[str], needed: set[str], arguments: Arguments) -> str:
+    """Return the first backend that serves; warn once, with the reason, where the fast path is left.
+
+    A proof that fails has given a warning of its own.
+    """
     reasons = []
     for name in names:
-        missing, reason = _names(needed - BACKENDS[name].serves), BACKENDS[name].why_not(device)
-        if not missing and reason is None:
+        backend, reason = BACKENDS[name], _why_left(name, needed, arguments)
+        if reason is None and why_unproven(name, backend.run, backend.proofs, arguments[0], by_name=False) is None:
             break
-        if name in ("triton", "blockwise"):  # what serves everything, and should
-            reasons.append(f"{name!r} is left: {reason or f'it does not serve {missing}'}")
+        if reason is not None and name in ("triton", "blockwise"):  # what serves everything, and should
+            reasons.append(f"{name!r} is left: {reason}")
     if reasons and not torch.compiler.is_compiling():
         message = f"attention() runs on {name!r}; {'; '.join(reasons)}"
         if message not in _warned:
             _warned.add(message)
-            warnings.warn(message, UserWarning, stacklevel=3)
+            warnings.warn(message, UserWarning, stacklevel=4)
     return name
 
 
@@ -246,7 +350,7 @@ def _names(features: set[str]) -> str:
 
 
 def is_autocast(kind: str) -> bool:
-    """Whether autocast is on for a type of device; torch 2.11 cannot trace the question whether it has autocast."""
+    """Return whether autocast is on for a type of device; torch 2.11 cannot trace `is_autocast_available`."""
     return (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
@@ -259,7 +363,10 @@ def _under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))  # type: ignore[return-value]
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None, kv_layout: Layout | None
+) -> tuple[Layout, Layout]:
+    """Check that tensors and layouts agree, and return the layouts, made where none was given."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() not in (3, 4):
             raise ValueError(f"{name} must be [batch, length, heads, dim] or packed [tokens, heads, dim], got {_of(x)}")
@@ -273,6 +380,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q {_of(q)} and k {_of(k)} must have the same head dim (the last dimension)")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"q {_of(q)} has {q.shape[-2]} heads, which must be a multiple of the {k.shape[-2]} of k")
+    q_layout, kv_layout = _check_layout("q", q, q_layout), _check_layout("k", k, kv_layout)
+    if q_layout.batch != kv_layout.batch:
+        raise ValueError(f"q has {q_layout.batch} sequences and k has {kv_layout.batch}; they must correspond")
+    return q_layout, kv_layout
 
 
 def _check_layout(name: str, x: Tensor, layout: Layout | None) -> Layout:
@@ -296,8 +407,8 @@ def _check_layout(name: str, x: Tensor, layout: Layout | None) -> Layout:
     return layout
 
 
-def _check_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None] | None:
-    """Validate, and write "unbounded" as None."""
+def _check_window(window: Window | None) -> Window | None:
+    """Check the window, and write "unbounded" as None."""
     if window is None:
         return None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
@@ -324,8 +435,6 @@ def _check_numbers(softcap: float | None, scale: float | None, dropout_p: float,
 
 
 def _check_bias(bias: Bias, q: Tensor, q_layout: Layout, kv_layout: Layout) -> None:
-    if not isinstance(bias, Bias):
-        raise ValueError(f"bias must be a bias object, got {type(bias).__name__}; wrap a tensor in DenseBias(tensor)")
     if bias.weight.device != q.device:
         raise ValueError(f"bias is on {bias.weight.device} but q is on {q.device}; move one of them")
     packed = (q_layout.is_packed, kv_layout.is_packed)

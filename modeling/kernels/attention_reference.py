@@ -1,6 +1,6 @@
 """The reference backend: attention as its definition reads, for any floating dtype. The other backends are held to it.
 
-Also home of the counter-based dropout, which every backend that takes a seed must reproduce bit for bit.
+Also defines the counter-based dropout, which every backend that takes a seed must reproduce bit for bit.
 
 Shapes: B batch, L queries, S keys, N packed tokens, H heads, G key/value heads, D head dim.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention_biases import Bias
 from .attention_layouts import Layout, query_positions, visible
+from .attention_settings import AttentionSettings
 
 GOLDEN = 0x9E3779B9 - (1 << 32)  # 2^32 / golden ratio, odd, as an int32
 
@@ -22,17 +22,10 @@ def reference_attention(
     v: Tensor,
     q_layout: Layout,
     kv_layout: Layout,
-    *,
-    causal: bool,
-    window: tuple[int | None, int | None] | None,
-    bias: Bias | None,
-    softcap: float | None,
-    scale: float,
-    dropout_p: float,
-    seed: int | Tensor | None,
-    return_lse: bool,
+    settings: AttentionSettings,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute `softmax(softcap(scale * q k^T) + bias) v` with every score in memory, in float32 or wider."""
+    causal, softcap, dropout_p = settings.causal, settings.softcap, settings.dropout_p
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_grid, kv_grid = q_layout.as_padded(), kv_layout.as_padded()
     groups = q.shape[-2] // k.shape[-2]
@@ -41,14 +34,14 @@ def reference_attention(
         k_BSHD = kv_grid.clean(kv_layout.pad(k)).to(dtype).repeat_interleave(groups, dim=2)
         v_BSHD = kv_grid.clean(kv_layout.pad(v)).to(dtype).repeat_interleave(groups, dim=2)
 
-        scores_BHLS = torch.einsum("blhd,bshd->bhls", q_BLHD, k_BSHD) * scale
+        scores_BHLS = torch.einsum("blhd,bshd->bhls", q_BLHD, k_BSHD) * settings.scale
         if softcap is not None:
             scores_BHLS = softcap * torch.tanh(scores_BHLS / softcap)
-        if bias is not None:
-            bias = bias.narrow(None, q_grid.length, kv_grid.length)
+        if settings.bias is not None:
+            bias = settings.bias.narrow(None, q_grid.length, kv_grid.length)
             q_positions_BL = query_positions(q_grid, kv_grid, causal)
             scores_BHLS = scores_BHLS + bias.dense(q_positions_BL, kv_grid.positions).to(dtype)
-        keep = visible(q_grid, kv_grid, causal, window)
+        keep = visible(q_grid, kv_grid, causal, settings.window)
         if keep is not None:
             scores_BHLS = scores_BHLS.masked_fill(~keep, -torch.inf)
 
@@ -59,12 +52,12 @@ def reference_attention(
             empty_BHL1 = empty_BHL1 | ~q_grid.mask[:, None, :, None]
         scores_BHLS = scores_BHLS.masked_fill(empty_BHL1, 0)
         weights_BHLS = torch.softmax(scores_BHLS, dim=-1)
-        if dropout_p > 0 and seed is not None:
-            kept_BHLS = dropout_keep(seed, q_grid, kv_grid, q.shape[-2], dropout_p)
+        if dropout_p > 0 and settings.seed is not None:
+            kept_BHLS = dropout_keep(settings.seed, q_grid, kv_grid, q.shape[-2], dropout_p)
             weights_BHLS = weights_BHLS * kept_BHLS / (1 - dropout_p)
         out_BLHD = torch.einsum("bhls,bshd->blhd", weights_BHLS.masked_fill(empty_BHL1, 0), v_BSHD)
         out = q_layout.unpad(out_BLHD).to(q.dtype)
-        if not return_lse:
+        if not settings.return_lse:
             return out, None
         lse_BHL = torch.logsumexp(scores_BHLS, dim=-1).masked_fill(empty_BHL1[..., 0], -torch.inf)
         return out, q_layout.unpad(lse_BHL.transpose(1, 2)).transpose(-1, -2)

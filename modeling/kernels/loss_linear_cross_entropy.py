@@ -75,7 +75,8 @@ def linear_cross_entropy(
         ValueError: Shapes, dtypes or options that do not fit; on CPU also a label outside [0, V).
         RuntimeError: In a backward pass with `create_graph=True`: there is no second derivative.
     """
-    _check(hidden, weight, labels, bias, label_smoothing, z_loss, softcap, reduction, num_items)
+    _check_tensors(hidden, weight, labels, bias)
+    _check_options(label_smoothing, z_loss, softcap, reduction, num_items)
     device = hidden.device.type
     dtype = hidden.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -97,29 +98,27 @@ def linear_cross_entropy(
     return loss
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    reduction: str,
-    num_items: int | Tensor | None,
-) -> None:
-    """Refuse by name what the operator would misread."""
+def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    """Check that the tensors fit; raise ValueError for what the operator would misread."""
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [..., E] and weight [V, E], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels must have hidden's shape without its last dimension {tuple(hidden.shape[:-1])}, "
-                         f"got {tuple(labels.shape)}")  # fmt: skip
+        raise ValueError(
+            f"labels must have hidden's shape without its last dimension {tuple(hidden.shape[:-1])}, "
+            f"got {tuple(labels.shape)}"
+        )
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise ValueError(f"labels must be class indices of an integer dtype, got {labels.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}] like weight's rows, got {tuple(bias.shape)}")
+
+
+def _check_options(
+    label_smoothing: float, z_loss: float, softcap: float | None, reduction: str, num_items: int | Tensor | None
+) -> None:
+    """Check the options; raise ValueError with the argument and its value."""
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if not z_loss >= 0:
@@ -128,14 +127,15 @@ def _check(
         raise ValueError(f"softcap must be positive, or None for no cap, got {softcap}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if num_items is not None:
-        if reduction == "sum":
-            raise ValueError(f"reduction='sum' divides by nothing, but num_items is {num_items}; use reduction='mean'")
-        if isinstance(num_items, Tensor):
-            if num_items.numel() != 1:
-                raise ValueError(f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}")
-        elif num_items <= 0:
-            raise ValueError(f"num_items must be positive, got {num_items}")
+    if num_items is None:
+        return
+    if reduction == "sum":
+        raise ValueError(f"reduction='sum' divides by nothing, but num_items is {num_items}; use reduction='mean'")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}")
+    elif num_items <= 0:
+        raise ValueError(f"num_items must be positive, got {num_items}")
 
 
 def _sizes(device: str) -> _Sizes:
@@ -184,69 +184,119 @@ def _loss_and_gradients(
     term is the same for all logits: its part of every gradient, and of the loss, follows from the sums of the rows of
     hidden and of weight, and no pass over the logits is spent on it.
     """
-    wide = torch.promote_types(dtype, torch.float32)
     V, E = weight.shape
     index_K, labels_K = _kept_rows(labels.flatten(), ignore_index, V)
-    K = len(labels_K)
-    items = float(K if num_items is None else num_items)
-    if K and not items > 0:
-        raise ValueError(f"num_items must be positive, got {items} with {K} labels that are kept")
-    scale = 1 / items if K else 0.0
     hidden_NE = hidden.reshape(-1, E)
     hidden_KE = (hidden_NE if index_K is None else hidden_NE[index_K]).to(dtype)
     weight_VE, bias_V = weight.to(dtype), None if bias is None else bias.to(dtype)
-
-    factor = logit_scale if softcap is None else logit_scale / softcap  # of the product, before tanh
-    step = scale * logit_scale  # from a gradient of logits to one of the product, divided by the items
-    spread = label_smoothing / V if softcap is None else 0.0  # target probability that the sums below stand for
-    new = hidden.new_empty
-    d_hidden = new(hidden_NE.shape if needs[0] else 0, dtype=_saved_dtype(hidden.dtype))
-    d_weight = new((V, E) if needs[1] else 0, dtype=wide)
-    d_bias = new(V if needs[2] else 0, dtype=wide).fill_(-K * spread * step)
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    shift_E = None
-    if spread:
-        rows_E, columns_E = hidden_KE.sum(0, dtype=wide), weight.sum(0, dtype=wide)
-        total -= spread * logit_scale * rows_E.double().dot(columns_E.double())
-        if bias_V is not None:
-            total -= spread * logit_scale * K * bias_V.sum(dtype=torch.float64)
-        shift_E = columns_E * (spread * step)
-    if needs[0] and index_K is not None:
-        d_hidden.zero_()
-    if needs[1]:
-        d_weight[:] = rows_E * (-spread * step) if spread else 0
+    scale = _share(len(labels_K), num_items)
+    wide = torch.promote_types(dtype, torch.float32)
+    sums = _Sums(hidden, weight, wide, needs, step=scale * logit_scale)
+    if softcap is None and label_smoothing:
+        sums.begin_with_smoothing(label_smoothing / V, logit_scale, hidden_KE, weight, bias_V)
+    else:
+        sums.begin()
+    if index_K is not None:
+        sums.d_hidden.zero_()
 
     sizes = _sizes(hidden.device.type)
-    chunks = math.ceil(K / max(sizes.chunk_rows, sizes.chunk_elements // V))
-    size = math.ceil(K / max(chunks, 1)) or 1
-    block = max(1, sizes.block_elements // V)
-    buffer_RV = new((size, V), dtype=dtype)
-    wide_RV = new((min(block, size), V), dtype=wide) if dtype != wide else None
-    for start in range(0, K, size):
+    size, block = _chunk_rows(len(labels_K), V, sizes)
+    buffer_RV = hidden.new_empty((size, V), dtype=dtype)
+    wide_RV = hidden.new_empty((min(block, size), V), dtype=wide) if dtype != wide else None
+    factor = logit_scale if softcap is None else logit_scale / softcap  # of the product, before tanh
+    for start in range(0, len(labels_K), size):
         h_RE, y_R1 = hidden_KE[start : start + size], labels_K[start : start + size, None]
-        x_RV = buffer_RV[: len(h_RE)]
-        if bias_V is None:
-            x_RV.addmm_(h_RE, weight_VE.t(), beta=0, alpha=factor)
-        else:
-            torch.addmm(bias_V, h_RE, weight_VE.t(), beta=factor, alpha=factor, out=x_RV)
+        x_RV = _logits(h_RE, weight_VE, bias_V, factor, out=buffer_RV[: len(h_RE)])
         for part_RV, label_R1 in zip(x_RV.split(block), y_R1.split(block), strict=True):
             g_RV = part_RV if wide_RV is None else wide_RV[: len(part_RV)].copy_(part_RV)
-            total += _softmax_block(g_RV, label_R1, label_smoothing, z_loss, softcap, any(needs))
-            if needs[2]:
-                d_bias.add_(g_RV.sum(0), alpha=step)
-            if wide_RV is not None and any(needs):
-                part_RV.copy_(g_RV)
-        if needs[0]:
-            d_RE = torch.mm(x_RV, weight_VE).to(wide).mul_(step)
-            if shift_E is not None:
-                d_RE -= shift_E
-            rows = slice(start, start + size) if index_K is None else index_K[start : start + size]
-            d_hidden[rows] = d_RE.to(d_hidden.dtype)
-        if needs[1]:
-            _add_product(d_weight, x_RV, h_RE, step, sizes.slice_elements)
-    saved = [_saved_dtype(t.dtype) for t in (weight, weight if bias is None else bias)]
-    d_hidden = d_hidden.view(hidden.shape) if needs[0] else d_hidden
-    return (total * scale).to(wide), d_hidden, d_weight.to(saved[0]), d_bias.to(saved[1])
+            sums.total += _softmax_block(g_RV, label_R1, label_smoothing, z_loss, softcap, any(needs))
+            sums.add_block(g_RV, part_RV)
+        rows = slice(start, start + size) if index_K is None else index_K[start : start + size]
+        sums.add_products(x_RV, h_RE, weight_VE, rows, sizes.slice_elements)
+    d_hidden = sums.d_hidden.view(hidden.shape) if needs[0] else sums.d_hidden
+    d_weight = sums.d_weight.to(_saved_dtype(weight.dtype))
+    d_bias = sums.d_bias.to(_saved_dtype((weight if bias is None else bias).dtype))
+    return (sums.total * scale).to(wide), d_hidden, d_weight, d_bias
+
+
+def _share(kept: int, num_items: Tensor | None) -> float:
+    """Return the factor of the sum over rows: one over the items, 0 where no label is kept."""
+    items = float(kept if num_items is None else num_items)
+    if kept and not items > 0:
+        raise ValueError(f"num_items must be positive, got {items} with {kept} labels that are kept")
+    return 1 / items if kept else 0.0
+
+
+def _chunk_rows(kept: int, vocabulary: int, sizes: _Sizes) -> tuple[int, int]:
+    """Return how many rows one matrix product takes, and how many of them the softmax takes at once."""
+    chunks = math.ceil(kept / max(sizes.chunk_rows, sizes.chunk_elements // vocabulary))
+    return math.ceil(kept / max(chunks, 1)) or 1, max(1, sizes.block_elements // vocabulary)
+
+
+def _logits(h_RE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, factor: float, out: Tensor) -> Tensor:
+    """Fill `out` `[R, V]` with `factor * (h weight^T + bias)`."""
+    if bias_V is None:
+        return out.addmm_(h_RE, weight_VE.t(), beta=0, alpha=factor)
+    return torch.addmm(bias_V, h_RE, weight_VE.t(), beta=factor, alpha=factor, out=out)
+
+
+class _Sums:
+    """The loss and the gradients while the chunks are added up; an empty tensor for a gradient that nobody needs.
+
+    Args:
+        hidden: `[..., E]`; weight: `[V, E]`.
+        wide: dtype of the sums.
+        needs: which gradients are wanted, of hidden, weight and bias.
+        step: from a gradient of logits to one of their product, divided by the items.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, wide: torch.dtype, needs: list[bool], step: float):
+        rows = hidden.numel() // max(weight.shape[1], 1)
+        new = hidden.new_empty
+        self.needs, self.step = needs, step
+        self.total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        self.d_hidden = new((rows, weight.shape[1]) if needs[0] else 0, dtype=_saved_dtype(hidden.dtype))
+        self.d_weight = new(weight.shape if needs[1] else 0, dtype=wide)
+        self.d_bias = new(weight.shape[0] if needs[2] else 0, dtype=wide)
+        self.shift_E: Tensor | None = None
+
+    def begin(self) -> None:
+        """Clear the sums."""
+        self.d_weight.zero_()
+        self.d_bias.zero_()
+
+    def begin_with_smoothing(
+        self, spread: float, logit_scale: float, hidden_KE: Tensor, weight_VE: Tensor, bias_V: Tensor | None
+    ) -> None:
+        """Begin with what smoothing adds to all logits alike: `spread` is the target probability of every class."""
+        wide = self.d_weight.dtype
+        rows_E, columns_E = hidden_KE.sum(0, dtype=wide), weight_VE.sum(0, dtype=wide)
+        self.total -= spread * logit_scale * rows_E.double().dot(columns_E.double())
+        if bias_V is not None:
+            self.total -= spread * logit_scale * len(hidden_KE) * bias_V.sum(dtype=torch.float64)
+        self.shift_E = columns_E * (spread * self.step)
+        self.d_bias.fill_(-len(hidden_KE) * spread * self.step)
+        if self.needs[1]:
+            self.d_weight[:] = rows_E * (-spread * self.step)
+
+    def add_block(self, g_RV: Tensor, part_RV: Tensor) -> None:
+        """Add the gradients of some rows' logits to the bias's, and write them where the products read them."""
+        if self.needs[2]:
+            self.d_bias.add_(g_RV.sum(0), alpha=self.step)
+        if g_RV is not part_RV and any(self.needs):
+            part_RV.copy_(g_RV)
+
+    def add_products(
+        self, g_RV: Tensor, h_RE: Tensor, weight_VE: Tensor, rows: slice | Tensor, slice_elements: int
+    ) -> None:
+        """Write the gradient of a chunk's rows of hidden, and add to the weight's."""
+        if self.needs[0]:
+            d_RE = torch.mm(g_RV, weight_VE).to(self.d_weight.dtype).mul_(self.step)
+            if self.shift_E is not None:
+                d_RE -= self.shift_E
+            self.d_hidden[rows] = d_RE.to(self.d_hidden.dtype)
+        if self.needs[1]:
+            _add_product(self.d_weight, g_RV, h_RE, self.step, slice_elements)
 
 
 def _softmax_block(

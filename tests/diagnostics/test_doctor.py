@@ -50,7 +50,7 @@ from urform.diagnostics import kernels_check
 from urform.diagnostics.isolation_probe import CHECKS
 from urform.diagnostics.kernels_cases import CASES, KernelCase, Problem, solve_exactly, solve_plainly
 from urform.diagnostics.kernels_check import LOSS, LOSS_CASES
-from urform.modeling.kernels import attention_dispatch
+from urform.modeling.kernels import attention_dispatch, attention_proof
 from urform.modeling.kernels.attention_dispatch import FEATURES, Backend, attention_backends
 from urform.modeling.kernels.attention_reference import reference_attention
 
@@ -353,8 +353,8 @@ def test_every_backend_passes_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def broken(**changes: Any) -> Callable[..., Any]:
     """The reference backend, with some options not as they were asked for."""
 
-    def run(*tensors: Any, **options: Any) -> Any:
-        return reference_attention(*tensors, **options | changes)
+    def run(*tensors: Any) -> Any:
+        return reference_attention(*tensors[:-1], tensors[-1]._replace(**changes))
 
     return run
 
@@ -411,14 +411,15 @@ def test_wrong_gradients_padding_and_errors_fail(monkeypatch: pytest.MonkeyPatch
         def backward(ctx: Any, grad: Tensor) -> Tensor:
             return grad * 1.01
 
-    def run(q: Tensor, k: Tensor, v: Tensor, *layouts: Any, **options: Any) -> Any:
+    def run(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Any:
+        *layouts, settings = others
         tensors = {"dq": q, "dk": k, "dv": v}
         if which in tensors:
             tensors[which] = Scale.apply(tensors[which])
-        bias = options["bias"]
+        bias = settings.bias
         if which == "dbias" and bias is not None:
-            options["bias"] = type(bias)(Scale.apply(bias.weight))
-        out, lse = reference_attention(*tensors.values(), *layouts, **options)
+            settings = settings.with_bias(type(bias)(Scale.apply(bias.weight)))
+        out, lse = reference_attention(*tensors.values(), *layouts, settings)
         if which == "padding":
             out = out + 1e-6 * (out == 0)
         if which == "nan":
@@ -441,13 +442,13 @@ def test_wrong_gradients_padding_and_errors_fail(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_cannot_run_here_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*tensors: Any, **options: Any) -> Any:
+    def missing(*tensors: Any) -> Any:
         raise ImportError("Triton is not installed: pip install 'triton>=3.6'")
 
-    def choosy(q: Tensor, *tensors: Any, **options: Any) -> Any:
+    def choosy(q: Tensor, *tensors: Any) -> Any:
         if q.shape[-1] > 32:
             raise ValueError(f"backend='broken' does not serve head dim {q.shape[-1]}; use 'auto'")
-        return reference_attention(q, *tensors, **options)
+        return reference_attention(q, *tensors)
 
     use(monkeypatch, missing)
     report = check_kernels("cpu", F32, CASES[:2], backends=["broken", "reference"], timing=False)
@@ -458,6 +459,20 @@ def test_what_cannot_run_here_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.ok and [found[name].status for name in ("full", "wide")] == ["ok", "not served"]
     assert "head dim 40" in found["wide"].reason and "head dim 40" in report.to_text()
     assert {t.backend for t in report.timings} == {"sdpa"} and "8 heads of 64, ms" in report.to_text()
+
+
+def test_a_failed_proof_fails_the_report_and_the_cases_still_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that `attention()` has left is measured all the same, and its proof's outcome stands in the report."""
+    monkeypatch.setattr(attention_proof, "OUTCOMES", {})
+    for run, outcome in ((broken(causal=False), "FAILED, so attention() leaves it here: "), (broken(), "passed")):
+        attention_proof.OUTCOMES.clear()
+        proving = Backend(run, frozenset(FEATURES), proofs=attention_proof.TRITON_CASES)
+        monkeypatch.setitem(attention_dispatch.BACKENDS, "broken", proving)
+        report = check_kernels("cpu", F32, CASES[:1], backends=["broken"], timing=False)
+        assert [result.status for result in report.results] == ["ok"]  # a case that is not causal
+        assert f"broken: proof {outcome}" in report.to_text()
+        assert report.ok == (outcome == "passed") and report.ok != ("1 proof failed" in report.to_text())
+        assert report.to_dict()["proofs"].keys() == {"broken"}
 
 
 def test_a_wrong_loss_fails(monkeypatch: pytest.MonkeyPatch) -> None:

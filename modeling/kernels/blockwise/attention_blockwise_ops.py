@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..attention_layouts import Layout
-from .attention_blockwise import Call, backward, exact_products, forward, make_call
+from ..attention_settings import AttentionSettings
+from .attention_blocks import BlockwiseSettings, block_settings
+from .attention_blockwise_passes import backward, exact_products, forward
 
 
 def _layout_of(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
@@ -21,7 +23,7 @@ def _layout_of(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Lay
     return Layout.full(x.shape[0], x.shape[1], x.device) if mask is None else Layout.padded(mask)
 
 
-def _call_of(
+def _settings_of(
     q: Tensor,
     k: Tensor,
     diagonals: Tensor | None,
@@ -37,11 +39,12 @@ def _call_of(
     dropout_p: float,
     seed: Tensor | None,
     biased: bool,
-) -> Call:
+) -> BlockwiseSettings:
     window = (None if left < 0 else left, None if right < 0 else right)
     layouts = (_layout_of(q, q_mask, q_cu), _layout_of(k, kv_mask, kv_cu))
     reach = 0 if diagonals is None else diagonals.shape[1] // 2
-    return make_call(q, k, *layouts, causal, window, softcap, scale, dropout_p, seed, None, True, reach, biased)
+    asked = AttentionSettings(causal, window, None, softcap, scale, dropout_p, seed, return_lse=True)
+    return block_settings(q, k, *layouts, asked, None, reach, biased)
 
 
 @torch.library.custom_op("urform::attention_blockwise", mutates_args=())
@@ -64,11 +67,11 @@ def attention_blockwise_op(
     seed: Tensor | None,
     biased: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Blockwise attention with layouts as tensors and unbounded windows as -1; also gives lse, `[..., H]`."""
+    """Compute blockwise attention with layouts as tensors and open windows as -1; also return lse, `[..., H]`."""
     places = (q_mask, q_cu, kv_mask, kv_cu)
-    call = _call_of(q, k, diagonals, *places, causal, left, right, softcap, scale, dropout_p, seed, biased)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), exact_products(q, call.plan):
-        out, lse = forward(replace(call, diagonals=diagonals, dense=dense), q, k, v)  # the call asks for lse
+    settings = _settings_of(q, k, diagonals, *places, causal, left, right, softcap, scale, dropout_p, seed, biased)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), exact_products(q, settings.plan):
+        out, lse = forward(replace(settings, diagonals=diagonals, dense=dense), q, k, v)  # the settings ask for lse
         return out, cast(Tensor, lse)[..., 0]
 
 
@@ -97,11 +100,11 @@ def _backward_op(
     biased: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     places = (q_mask, q_cu, kv_mask, kv_cu)
-    call = _call_of(q, k, diagonals, *places, causal, left, right, softcap, scale, dropout_p, seed, biased)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), exact_products(q, call.plan):
-        call, d_lse = replace(call, diagonals=diagonals, dense=dense), d_lse.unsqueeze(-1)
+    settings = _settings_of(q, k, diagonals, *places, causal, left, right, softcap, scale, dropout_p, seed, biased)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), exact_products(q, settings.plan):
+        settings, d_lse = replace(settings, diagonals=diagonals, dense=dense), d_lse.unsqueeze(-1)
         wanted = (biased, dense is not None)
-        *grads, d_diagonals, d_dense = backward(call, q, k, v, out, lse.unsqueeze(-1), d_out, d_lse, *wanted)
+        *grads, d_diagonals, d_dense = backward(settings, q, k, v, out, lse.unsqueeze(-1), d_out, d_lse, *wanted)
     extra = (x if x is not None else q.new_empty(0) for x in (d_diagonals, d_dense))
     return (*grads, *extra)  # type: ignore[return-value]
 

@@ -23,17 +23,17 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Side:
+class BucketSide:
     """The queries, or the keys and values, of a bucket: n sequences of up to `length` tokens, in `heads` heads.
 
     Attributes:
         count: n.
         length: tokens of the longest sequence.
         heads: H or G.
-        start: first token, where the sequences stand one behind the other and none is shorter; else -1.
+        start: first token, where the sequences follow each other and none is shorter; else -1.
         rows: int64 `[n * heads * length]`, rows of the flat `[tokens * heads, D]` tensor; None if `start` says it all.
-        at: first slot in the tensor from which `Plan.restore` gathers.
-        padding: bool `[n, length]`, True behind a sequence's last token; None: none is shorter.
+        at: first slot in the tensor from which `BucketPlan.restore` gathers.
+        padding: bool `[n, length]`, True after a sequence's last token; None: none is shorter.
     """
 
     count: int
@@ -45,7 +45,7 @@ class Side:
     padding: Tensor | None
 
     def take(self, x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-        """Give this side of `[..., heads, D]` as `[n * groups, heads / groups * length, D]`; a view where possible."""
+        """Return this side of `[..., heads, D]` as `[n * groups, heads / groups * length, D]`; a view if possible."""
         if self.rows is not None:
             block = x.reshape(-1, x.shape[-1]).index_select(0, self.rows)
         else:
@@ -54,7 +54,7 @@ class Side:
         return block.to(dtype).reshape(self.count * groups, -1, x.shape[-1])
 
     def window(self, out: Tensor, slots: Tensor | None) -> Tensor:
-        """Give the places of this side in `out`, or its slots, as `[n, heads, length, D]` to write to."""
+        """Return the places of this side in `out`, or its slots, as `[n, heads, length, D]` to write to."""
         if self.rows is not None and slots is not None:
             mine = slots[self.at : self.at + self.rows.shape[0]]
             return mine.view(self.count, self.heads, self.length, -1)
@@ -70,13 +70,13 @@ class Bucket:
         members: numbers of the sequences.
         q: their queries; `k`: their keys.
         shift: position of the first query.
-        key_padding: `[n, 1, 1, S]`, 0 at keys and -inf behind a sequence's last; None: all have S keys.
+        key_padding: `[n, 1, 1, S]`, 0 at keys and -inf after a sequence's last; None: all have S keys.
         ragged: whether a sequence has other queries than keys, so that masks may leave a row without a key.
     """
 
     members: list[int]
-    q: Side
-    k: Side
+    q: BucketSide
+    k: BucketSide
     shift: int
     key_padding: Tensor | None
     ragged: bool
@@ -120,7 +120,7 @@ class Restored:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BucketPlan:
     """All buckets of a pair of layouts, and how to get back from them."""
 
     buckets: list[Bucket]
@@ -153,7 +153,7 @@ class _Places:
         self.filled: list[tuple[Tensor, Tensor]] = []
         self.spans: list[tuple[int, int]] = []  # tokens of contiguous buckets
 
-    def side(self, members: list[int]) -> Side:
+    def side(self, members: list[int]) -> BucketSide:
         layout, device = self.layout, self.layout.lengths.device
         lengths = [layout.sizes[i] for i in members]
         longest = max(lengths)
@@ -161,7 +161,7 @@ class _Places:
         even = min(lengths) == longest
         if even and self.tokens is None and all(b - a == longest for a, b in pairwise(begins)):
             self.spans.append((begins[0], begins[0] + longest * len(members)))
-            return Side(len(members), longest, self.heads, begins[0], None, 0, None)
+            return BucketSide(len(members), longest, self.heads, begins[0], None, 0, None)
         index = torch.tensor(members, device=device)
         ranks, lengths_n1 = torch.arange(longest, device=device), layout.lengths[index][:, None]
         tokens_nL = self.begins[index][:, None] + torch.minimum(ranks, lengths_n1 - 1)
@@ -170,7 +170,7 @@ class _Places:
         rows = tokens_nL[:, None] * self.heads + torch.arange(self.heads, device=device)[:, None]
         self.filled.append((rows.flatten(), real_nL[:, None].expand_as(rows).flatten()))
         at, self.slots = self.slots, self.slots + rows.numel()
-        return Side(len(members), longest, self.heads, -1, rows.flatten(), at, None if even else ~real_nL)
+        return BucketSide(len(members), longest, self.heads, -1, rows.flatten(), at, None if even else ~real_nL)
 
     def restored(self) -> Restored:
         device = self.layout.lengths.device
@@ -191,7 +191,7 @@ class _Places:
 
 
 def _columns(layout: Layout) -> Tensor | None:
-    """Padded coordinates of the real tokens `[B, L]`, in order; None where they are 0, 1, 2 and so on."""
+    """Return padded coordinates of the real tokens `[B, L]`, in order; None where they are 0, 1, 2 and so on."""
     if layout.mask is None or layout.known_sizes is not None:
         return None
     order = torch.sort(~layout.mask, dim=-1, stable=True).indices
@@ -208,7 +208,7 @@ def _round_up(size: int) -> int:
     return -(-size // step) * step
 
 
-def make_plan(q_layout: Layout, kv_layout: Layout, heads: int, groups: int, aligned: bool) -> Plan:
+def make_bucket_plan(q_layout: Layout, kv_layout: Layout, heads: int, groups: int, aligned: bool) -> BucketPlan:
     """Sort sequences into buckets by their lengths; `aligned`: and by the position of their first query."""
     q_sizes, k_sizes = q_layout.sizes, kv_layout.sizes
     similar: dict[tuple[int, int, int], list[int]] = {}
@@ -232,4 +232,4 @@ def make_plan(q_layout: Layout, kv_layout: Layout, heads: int, groups: int, alig
                 key_padding = key_padding[:, None, None]
             ragged = any(q_sizes[i] != k_sizes[i] for i in members)
             buckets.append(Bucket(members, q, k, shift, key_padding, ragged))
-    return Plan(buckets, queries.restored(), keys.restored(), _columns(q_layout), _columns(kv_layout))
+    return BucketPlan(buckets, queries.restored(), keys.restored(), _columns(q_layout), _columns(kv_layout))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..attention_biases import ALiBi, Bias, DenseBias, RelativeBias, T5Bias
 from ..attention_layouts import Layout
+from ..attention_settings import AttentionSettings
 
 try:
     import triton
@@ -144,7 +145,7 @@ def _strides(x: Tensor) -> tuple[int, int]:
     return tokens, heads
 
 
-class _Call:
+class _KernelArguments:
     """What forward and backward share: the operator's arguments, turned into the kernels' arguments."""
 
     def __init__(
@@ -229,15 +230,15 @@ def _forward(
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     parts = lse.new_empty(_parts_shape(q))
-    call = _Call(
+    args = _KernelArguments(
         q, k, v, starts_q, lengths_q, starts_k, lengths_k, bias, map_q, map_k, seed, max_q, max_k, causal, left, right,
         kind, softcap, scale, dropout_p, (out,),
     )  # fmt: skip
     if out.numel():
         arguments = dict(
-            Out=out, Lse=lse, Top=_part(parts, 0), Total=_part(parts, 1), heads=call.heads, **call.strides("o", (out,))
+            Out=out, Lse=lse, Top=_part(parts, 0), Total=_part(parts, 1), heads=args.heads, **args.strides("o", (out,))
         )
-        call.launch("forward", max_q, call.heads * call.batch, arguments)
+        args.launch("forward", max_q, args.heads * args.batch, arguments)
     return out.to(dtype), lse, parts
 
 
@@ -250,39 +251,43 @@ def _backward(
     dtype = q.dtype
     q, k, v, grad, out = (_for_kernels(x) for x in (q, k, v, grad, out))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    call = _Call(
+    args = _KernelArguments(
         q, k, v, starts_q, lengths_q, starts_k, lengths_k, bias, map_q, map_k, seed, max_q, max_k, causal, left, right,
         kind, softcap, scale, dropout_p, (grad, out, dq),
     )  # fmt: skip
     delta = torch.empty_like(lse)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     if out.numel():
-        _launch_delta(call, out, grad, grad_lse, lse, delta)
+        _launch_delta(args, out, grad, grad_lse, lse, delta)
     top = lse if parts.numel() == 0 else parts[0]
-    common = dict(Grad=grad, Top=top, Total=_part(parts, 1), Delta=delta, **call.strides("g", (grad,)))
-    sums, ds = _bias_buffers(call, bias_grad)
+    common = dict(Grad=grad, Top=top, Total=_part(parts, 1), Delta=delta, **args.strides("g", (grad,)))
+    sums, ds = _bias_buffers(args, bias_grad)
     if dq.numel():
         shape = (0, 0) if ds is None else (ds.shape[2], ds.shape[3])
         arguments = dict(
             common, GradLse=grad_lse, dQ=dq, Ds=ds, Sums=sums, ds_rows=shape[0], ds_columns=shape[1],
-            heads=call.heads, batch=call.batch, BIAS_GRAD=bias_grad, **call.strides("o", (dq,)),
+            heads=args.heads, batch=args.batch, BIAS_GRAD=bias_grad, **args.strides("o", (dq,)),
         )  # fmt: skip
-        call.launch("dq", max_q, call.heads * call.batch, arguments)
+        args.launch("dq", max_q, args.heads * args.batch, arguments)
     if k.numel():
-        call.launch("dkdv", max_k, call.kv_heads * call.batch, dict(common, dK=dk, dV=dv, heads=call.kv_heads))
+        args.launch("dkdv", max_k, args.kv_heads * args.batch, dict(common, dK=dk, dV=dv, heads=args.kv_heads))
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), _bias_gradient(args, common, sums, ds)
 
-    dbias = q.new_empty(0)
+
+def _bias_gradient(args: _KernelArguments, common: dict[str, Any], sums: Tensor | None, ds: Tensor | None) -> Tensor:
+    """Return the gradient of the bias from what the dq kernel has summed; empty where nobody asks for it."""
+    bias = args.bias
     if bias is not None and ds is not None:
-        dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
-    elif bias is not None and sums is not None and kind == ALIBI:
-        dbias = sums[0].sum((1, 2)).to(bias.dtype)
-    elif bias is not None and sums is not None:
-        dtable = sums.new_zeros(bias.shape)
-        dtable[:, 0] += sums[0].sum((1, 2))
-        dtable[:, -1] += sums[1].sum((1, 2))
-        _add_diagonals(call, common, dtable)
-        dbias = dtable.to(bias.dtype)
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype), dbias
+        return ds.sum_to_size(bias.shape).to(bias.dtype)
+    if bias is None or sums is None:
+        return args.q.new_empty(0)
+    if args.kind == ALIBI:
+        return sums[0].sum((1, 2)).to(bias.dtype)
+    dtable = sums.new_zeros(bias.shape)
+    dtable[:, 0] += sums[0].sum((1, 2))
+    dtable[:, -1] += sums[1].sum((1, 2))
+    _add_diagonals(args, common, dtable)
+    return dtable.to(bias.dtype)
 
 
 def _parts_shape(q: Tensor) -> tuple[int, ...]:
@@ -295,48 +300,50 @@ def _part(parts: Tensor, index: int) -> Tensor | None:
     return parts[index] if parts.numel() else None
 
 
-def _launch_delta(call: _Call, out: Tensor, grad: Tensor, grad_lse: Tensor | None, lse: Tensor, delta: Tensor) -> None:
+def _launch_delta(
+    args: _KernelArguments, out: Tensor, grad: Tensor, grad_lse: Tensor | None, lse: Tensor, delta: Tensor
+) -> None:
     rows = 32
-    tiles = -(-call.tokens // rows)
-    with call.on_device():
-        attention_delta[(tiles * call.heads,)](
+    tiles = -(-args.tokens // rows)
+    with args.on_device():
+        attention_delta[(tiles * args.heads,)](
             out, grad, grad_lse, lse, delta,
-            **call.strides("og", (out, grad)), tokens_q=call.tokens, tiles=tiles, HEAD_DIM_V=call.v_dim,
-            BLOCK_DV=call.v_width, BLOCK_M=rows, UNIT=call.unit, num_warps=4,
+            **args.strides("og", (out, grad)), tokens_q=args.tokens, tiles=tiles, HEAD_DIM_V=args.v_dim,
+            BLOCK_DV=args.v_width, BLOCK_M=rows, UNIT=args.unit, num_warps=4,
         )  # fmt: skip
 
 
-def _bias_buffers(call: _Call, bias_grad: bool) -> tuple[Tensor | None, Tensor | None]:
+def _bias_buffers(args: _KernelArguments, bias_grad: bool) -> tuple[Tensor | None, Tensor | None]:
     """Give the zeroed buffers for the bias's gradient: sums of tiles for slopes and tables, dS for a dense tensor."""
     if not bias_grad:
         return None, None
-    zeros = dict(dtype=torch.float32, device=call.q.device)
-    if call.kind == DENSE:
-        return None, torch.zeros(call.batch, call.heads, call.max_q, call.max_k, **zeros)  # type: ignore[arg-type]
-    rows = launch_configuration("dq", max(call.width, call.v_width), call.q.dtype, call.family).block_m
-    return torch.zeros(2, call.heads, call.batch, -(-call.max_q // rows), **zeros), None  # type: ignore[arg-type]
+    zeros = dict(dtype=torch.float32, device=args.q.device)
+    if args.kind == DENSE:
+        return None, torch.zeros(args.batch, args.heads, args.max_q, args.max_k, **zeros)  # type: ignore[arg-type]
+    rows = launch_configuration("dq", max(args.width, args.v_width), args.q.dtype, args.family).block_m
+    return torch.zeros(2, args.heads, args.batch, -(-args.max_q // rows), **zeros), None  # type: ignore[arg-type]
 
 
-def _add_diagonals(call: _Call, common: dict[str, Any], dtable: Tensor) -> None:
+def _add_diagonals(args: _KernelArguments, common: dict[str, Any], dtable: Tensor) -> None:
     """Add the gradient of a table `[H, 2R + 1]` between its clipped ends."""
-    ends = max(call.max_q, call.max_k) - 1
-    low = max(-call.reach + 1, -ends, *([-call.left] if call.left >= 0 else []))
-    high = min(call.reach - 1, ends, *([call.right] if call.right >= 0 else []))
+    ends = max(args.max_q, args.max_k) - 1
+    low = max(-args.reach + 1, -ends, *([-args.left] if args.left >= 0 else []))
+    high = min(args.reach - 1, ends, *([args.right] if args.right >= 0 else []))
     diagonals = high - low + 1
-    launch = launch_configuration("diagonals", max(call.width, call.v_width), call.q.dtype, call.family)
-    tiles = -(-call.max_q // launch.block_m)
-    if diagonals <= 0 or tiles * call.batch * call.heads == 0 or call.k.numel() == 0:
+    launch = launch_configuration("diagonals", max(args.width, args.v_width), args.q.dtype, args.family)
+    tiles = -(-args.max_q // launch.block_m)
+    if diagonals <= 0 or tiles * args.batch * args.heads == 0 or args.k.numel() == 0:
         return
-    programs = -(-diagonals // launch.block_m) * call.heads
-    splits = max(1, min(tiles * call.batch, DIAGONAL_PROGRAMS // programs))
-    sums = torch.empty(splits, call.heads, diagonals, dtype=torch.float32, device=call.q.device)
-    with call.on_device():
+    programs = -(-diagonals // launch.block_m) * args.heads
+    splits = max(1, min(tiles * args.batch, DIAGONAL_PROGRAMS // programs))
+    sums = torch.empty(splits, args.heads, diagonals, dtype=torch.float32, device=args.q.device)
+    with args.on_device():
         attention_backward_diagonals[(programs * splits,)](
-            **call.shared, **common, Sums=sums, tiles=tiles, heads=call.heads, batch=call.batch, low_diagonal=low,
+            **args.shared, **common, Sums=sums, tiles=tiles, heads=args.heads, batch=args.batch, low_diagonal=low,
             diagonals=diagonals, splits=splits, BLOCK=launch.block_m, num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )  # fmt: skip
-    dtable[:, low + call.reach : high + call.reach + 1] += sums.sum(0)
+    dtable[:, low + args.reach : high + args.reach + 1] += sums.sum(0)
 
 
 # Operators -----------------------------------------------------------------------------------------------------------
@@ -512,15 +519,7 @@ def triton_attention(
     v: Tensor,
     q_layout: Layout,
     kv_layout: Layout,
-    *,
-    causal: bool,
-    window: tuple[int | None, int | None] | None,
-    bias: Bias | None,
-    softcap: float | None,
-    scale: float,
-    dropout_p: float,
-    seed: int | Tensor | None,
-    return_lse: bool,
+    settings: AttentionSettings,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention by Triton kernels, in O(L) memory (FlashAttention-2, Dao 2023).
 
@@ -528,32 +527,50 @@ def triton_attention(
         ValueError: Triton is missing, or the tensors' device, dtype or head dims are not served.
     """
     _check_served(q, v)
-    weight = _bias_tensor(bias, q_layout, kv_layout)
-    kind = KINDS[None if bias is None else bias.kind]
+    weight = _bias_tensor(settings.bias, q_layout, kv_layout)
     q_rows, kv_rows = _rows_of(q_layout), _rows_of(kv_layout)
-    if dropout_p == 0 and _decodes(q, k, v, weight, q_layout.length):
-        map_k = None if kv_rows.columns is None else kv_rows.columns.view(kv_layout.batch, kv_layout.length)
-        out, lse = decode_attention(
-            _gather(q, q_rows), k, v, q_rows.starts if q_layout.mask is None else q_rows.bounds(),
-            kv_rows.starts if kv_layout.is_packed else F.pad(kv_rows.lengths[None], (0, 0, 1, 0)),
-            q_layout.length, kv_layout.length, causal=causal, window=window, slopes=weight if kind == ALIBI else None,
-            lut=weight if kind == TABLE else None, dense=weight if kind == DENSE else None, softcap=softcap,
-            scale=scale, map_q=q_rows.columns if kind == DENSE else None, map_k=map_k,
-        )  # fmt: skip
+    if settings.dropout_p == 0 and _decodes(q, k, v, weight, q_layout.length):
+        out, lse = _decode(q, k, v, q_layout, kv_layout, weight, settings)
     else:
-        left, right = (-1 if side is None else side for side in window or (None, None))
+        kind = KINDS[None if settings.bias is None else settings.bias.kind]
+        left, right = (-1 if side is None else side for side in settings.window or (None, None))
+        map_q, map_k = (rows.columns if kind == DENSE else None for rows in (q_rows, kv_rows))
+        seed = None if settings.dropout_p == 0 else _seed_tensor(settings.seed, q.device)
         out, lse, _ = attention_triton_fwd(
             _gather(q, q_rows), _gather(k, kv_rows), _gather(v, kv_rows), q_rows.starts, q_rows.lengths,
-            kv_rows.starts, kv_rows.lengths, weight, q_rows.columns if kind == DENSE else None,
-            kv_rows.columns if kind == DENSE else None, None if dropout_p == 0 else _seed_tensor(seed, q.device),
-            q_layout.length, kv_layout.length, causal, left, right, kind, softcap or 0.0, scale, dropout_p,
+            kv_rows.starts, kv_rows.lengths, weight, map_q, map_k, seed, q_layout.length, kv_layout.length,
+            settings.causal, left, right, kind, settings.softcap or 0.0, settings.scale, settings.dropout_p,
         )  # fmt: skip
     if q_rows.inverse is not None:
         out, lse = out.index_select(0, q_rows.inverse), lse.index_select(1, q_rows.inverse)
     if not q_layout.is_packed:
         out = out.unflatten(0, (q_layout.batch, q_layout.length))
         lse = lse.unflatten(1, (q_layout.batch, q_layout.length)).transpose(0, 1)
-    return out, lse if return_lse else None
+    return out, lse if settings.return_lse else None
+
+
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_layout: Layout,
+    kv_layout: Layout,
+    weight: Tensor | None,
+    settings: AttentionSettings,
+) -> tuple[Tensor, Tensor]:
+    """Call the decode kernel, which reads padded keys where they are; out and lse come in the kernels' rows."""
+    q_rows, kv_rows = _rows_of(q_layout), _rows_of(kv_layout)
+    kind = KINDS[None if settings.bias is None else settings.bias.kind]
+    columns = kv_rows.columns
+    return decode_attention(
+        _gather(q, q_rows), k, v, q_rows.starts if q_layout.mask is None else q_rows.bounds(),
+        kv_rows.starts if kv_layout.is_packed else F.pad(kv_rows.lengths[None], (0, 0, 1, 0)),
+        q_layout.length, kv_layout.length, causal=settings.causal, window=settings.window,
+        slopes=weight if kind == ALIBI else None, lut=weight if kind == TABLE else None,
+        dense=weight if kind == DENSE else None, softcap=settings.softcap, scale=settings.scale,
+        map_q=q_rows.columns if kind == DENSE else None,
+        map_k=None if columns is None else columns.view(kv_layout.batch, kv_layout.length),
+    )  # fmt: skip
 
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, queries: int) -> bool:

@@ -9,18 +9,27 @@ Conventions and names are those of `attention_triton_kernels`.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from .attention_triton_kernels import (
     ALIBI,
     DENSE,
     LOG2E,
     NO_BIAS,
     TABLE,
+    BiasRows,
+    Dropout,
+    KeyRows,
+    Scoring,
+    Sequence,
+    dense_places,
     dropout_row_keys,
     dropout_survives,
     exponential,
     jit,
     key_range,
     load_rows,
+    load_sequence,
     query_range,
     score_tile,
 )
@@ -86,14 +95,24 @@ def probabilities(scores, top, factor, EXACT: tl.constexpr):
     return p
 
 
+class QueryRows(NamedTuple):
+    """A tile of queries and what the backward pass knows of its rows."""
+
+    q: Any
+    grad: Any
+    top: Any
+    factor: Any
+    delta: Any
+    rows: Any
+    first_row: Any
+
+
 @triton.jit
 def _row_tile(
-    first, q, grad, top, factor, K, V, rows, first_row, row_keys, length_q, length_k, shift, left, right, scale,
-    softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column, threshold, keep_scale,
-    stride_kn, stride_vn, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr,
+    first, queries, keys, seq, scoring, bias, dropout,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Compute what a tile of queries and the keys from `first` on have in common.
 
@@ -102,59 +121,64 @@ def _row_tile(
     """
     offs_n = tl.arange(0, BLOCK_N)
     at = tl.cast(first, tl.int64)
-    remaining = length_k - first
-    k = load_rows(K + at * stride_kn, offs_n, remaining, stride_kn, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
-    v = load_rows(V + at * stride_vn, offs_n, remaining, stride_vn, tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV)
+    remaining = seq.length_k - first
+    k = load_rows(  # [BLOCK_N, BLOCK_D]
+        keys.K + at * keys.stride_k, offs_n, remaining, keys.stride_k, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D
+    )
+    v = load_rows(  # [BLOCK_N, BLOCK_DV]
+        keys.V + at * keys.stride_v, offs_n, remaining, keys.stride_v, tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV
+    )
     columns = (first + offs_n)[None, :]
-    scores, slope = score_tile(
-        tl.dot(q, tl.trans(k), input_precision="ieee"), rows, columns, first_row, first, length_q, length_k, shift,
-        left, right, scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row,
-        stride_bias_column, BLOCK_M, BLOCK_N, MASKED, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT, EXACT,
+    scores, slope = score_tile(  # [BLOCK_M, BLOCK_N]
+        tl.dot(queries.q, tl.trans(k), input_precision="ieee"), queries.rows, columns, queries.first_row, first, seq,
+        scoring, bias, BLOCK_M, BLOCK_N, MASKED, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT,
     )  # fmt: skip
-    p = probabilities(scores, top[:, None], factor[:, None], EXACT)
-    dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    p = probabilities(scores, queries.top[:, None], queries.factor[:, None], EXACT)
+    dp = tl.dot(queries.grad, tl.trans(v), input_precision="ieee")
     if DROPOUT:
-        dp = tl.where(dropout_survives(row_keys, columns, threshold), dp * keep_scale, 0.0)
+        survives = dropout_survives(dropout.row_keys, columns, dropout.threshold)
+        dp = tl.where(survives, dp * dropout.keep_scale, 0.0)
     return k, columns, p, dp, slope
 
 
 @triton.jit
+def _add_bias_gradient(below, above, ds, rows, columns, seq, bias, Ds, ds_columns, BIAS: tl.constexpr):
+    """Add a tile's dS to the rows' sums for slopes and tables, or store it for a dense bias."""
+    ahead = columns - rows - seq.shift
+    if BIAS == ALIBI:
+        below += tl.sum(ds * -tl.abs(ahead).to(tl.float32), 1)
+    elif BIAS == TABLE:
+        below += tl.sum(tl.where(ahead <= -bias.reach, ds, 0.0), 1)
+        above += tl.sum(tl.where((ahead >= bias.reach) & (ahead > -bias.reach), ds, 0.0), 1)
+    else:
+        row_at, row_inside = dense_places(bias.MapQ, rows, seq.start_q, seq.length_q)
+        column_at, column_inside = dense_places(bias.MapK, columns, seq.start_k, seq.length_k)
+        tl.store(Ds + row_at * ds_columns + column_at, ds, row_inside & column_inside)
+    return below, above
+
+
+@triton.jit
 def _dq_tiles(
-    dq, below, above, low, high, q, grad, top, factor, delta, K, V, Ds, rows, first_row, row_keys, length_q, length_k,
-    shift, left, right, scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column,
-    ds_columns, threshold, keep_scale, stride_kn, stride_vn, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    BIAS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
+    dq, below, above, low, high, queries, keys, seq, scoring, bias, dropout, Ds, ds_columns,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Add to dq, and to the rows' sums for the bias, what the keys from `low` to `high` give."""
     for first in range(low, high, BLOCK_N):
         k, columns, p, dp, slope = _row_tile(
-            first, q, grad, top, factor, K, V, rows, first_row, row_keys, length_q, length_k, shift, left, right,
-            scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column, threshold,
-            keep_scale, stride_kn, stride_vn, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASKED,
-            HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, DROPOUT, EXACT,
+            first, queries, keys, seq, scoring, bias, dropout, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+            BLOCK_N, MASKED, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, DROPOUT, EXACT,
         )  # fmt: skip
-        ds = p * (dp - delta[:, None])
+        ds = p * (dp - queries.delta[:, None])  # [BLOCK_M, BLOCK_N]
         if BIAS_GRAD:
-            ahead = columns - rows - shift
-            if BIAS == ALIBI:
-                below += tl.sum(ds * -tl.abs(ahead).to(tl.float32), 1)
-            elif BIAS == TABLE:
-                below += tl.sum(tl.where(ahead <= -reach, ds, 0.0), 1)
-                above += tl.sum(tl.where((ahead >= reach) & (ahead > -reach), ds, 0.0), 1)
-            else:
-                inside = (rows < length_q) & (columns < length_k)
-                row_at = rows.to(tl.int64)
-                column_at = columns.to(tl.int64)
-                if MapQ is not None:
-                    row_at = tl.load(MapQ + start_q + rows, mask=rows < length_q, other=0).to(tl.int64)
-                if MapK is not None:
-                    column_at = tl.load(MapK + start_k + columns, mask=columns < length_k, other=0).to(tl.int64)
-                tl.store(Ds + row_at * ds_columns + column_at, ds, inside)
+            below, above = _add_bias_gradient(
+                below, above, ds, queries.rows, columns, seq, bias, Ds, ds_columns, BIAS
+            )  # fmt: skip
         if SOFTCAP:
             ds = ds * slope
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
     return dq, below, above
 
 
@@ -184,17 +208,11 @@ def attention_backward_dq(
     tile = tiles - 1 - program % tiles
     head = program // tiles % heads
     sequence = program // tiles // heads
-    start_q = tl.load(StartsQ + sequence).to(tl.int64)
-    slots_q = (tl.load(StartsQ + sequence + 1).to(tl.int64) - start_q).to(tl.int32)
+    seq = load_sequence(StartsQ, LengthsQ, StartsK, LengthsK, sequence, CAUSAL)
+    slots_q = (tl.load(StartsQ + sequence + 1).to(tl.int64) - seq.start_q).to(tl.int32)
     first_row = tile * BLOCK_M
     if first_row >= slots_q:
         return
-    start_k = tl.load(StartsK + sequence).to(tl.int64)
-    length_q = tl.load(LengthsQ + sequence).to(tl.int32)
-    length_k = tl.load(LengthsK + sequence).to(tl.int32)
-    shift = 0
-    if CAUSAL:
-        shift = length_k - length_q
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     DROPOUT: tl.constexpr = Seed is not None
 
@@ -202,13 +220,14 @@ def attention_backward_dq(
     offs_d = tl.arange(0, BLOCK_D)
     local_rows = first_row + offs_m
     rows = local_rows[:, None]
-    first_token = start_q + first_row
+    first_token = seq.start_q + first_row
+    length_q = seq.length_q
     head_64 = head.to(tl.int64)
     kv_head = (head // GROUP).to(tl.int64)
     Q += first_token * stride_qn * UNIT + head_64 * stride_qh * UNIT
     Grad += first_token * stride_gn * UNIT + head_64 * stride_gh * UNIT
-    K += start_k * stride_kn * UNIT + kv_head * stride_kh * UNIT
-    V += start_k * stride_vn * UNIT + kv_head * stride_vh * UNIT
+    K += seq.start_k * stride_kn * UNIT + kv_head * stride_kh * UNIT
+    V += seq.start_k * stride_vn * UNIT + kv_head * stride_vh * UNIT
     if BIAS != NO_BIAS:
         Bias += sequence.to(tl.int64) * stride_bias_batch + head_64 * stride_bias_head
     if BIAS_GRAD and BIAS == DENSE:
@@ -216,22 +235,27 @@ def attention_backward_dq(
     row_keys = rows
     if DROPOUT:
         row_keys = dropout_row_keys(Seed, sequence, head, rows)
-    length_k = tl.where(first_row < length_q, length_k, 0)
+    length_k = tl.where(first_row < length_q, seq.length_k, 0)
     remaining = length_q - first_row
-    q = load_rows(Q, offs_m, remaining, stride_qn * UNIT, offs_d, HEAD_DIM, BLOCK_D)
-    grad = load_rows(Grad, offs_m, remaining, stride_gn * UNIT, tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV)
+    q = load_rows(Q, offs_m, remaining, stride_qn * UNIT, offs_d, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    grad = load_rows(  # [BLOCK_M, BLOCK_DV]
+        Grad, offs_m, remaining, stride_gn * UNIT, tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV
+    )
     row_at = head_64 * tokens_q + first_token
-    top, factor = load_row_sums(Top + row_at, None if Total is None else Total + row_at, offs_m, remaining)
-    delta = tl.load(Delta + row_at + offs_m, mask=offs_m < remaining, other=0.0)
+    top, factor = load_row_sums(Top + row_at, None if Total is None else Total + row_at, offs_m, remaining)  # [BLOCK_M]
+    delta = tl.load(Delta + row_at + offs_m, mask=offs_m < remaining, other=0.0)  # [BLOCK_M]
 
+    keys = KeyRows(K, V, stride_kn * UNIT, stride_vn * UNIT)
+    own = Sequence(seq.start_q, seq.start_k, length_q, length_k, seq.shift)
+    scoring = Scoring(left, right, scale, softcap)
+    bias = BiasRows(Bias, MapQ, MapK, reach, stride_bias_row, stride_bias_column)
+    dropout = Dropout(row_keys, threshold, keep_scale)
     last_row = tl.minimum(first_row + BLOCK_M, length_q) - 1
-    low, full, high = key_range(first_row, last_row, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+    low, full, high = key_range(first_row, last_row, seq.shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
     if (high > low) & (high - low <= BLOCK_N):
         _, _, p, dp, _ = _row_tile(
-            low, q, grad, top, factor, K, V, rows, first_row, row_keys, length_q, length_k, shift, left, right,
-            scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column, threshold,
-            keep_scale, stride_kn * UNIT, stride_vn * UNIT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            True, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, DROPOUT, EXACT,
+            low, QueryRows(q, grad, top, factor, delta, rows, first_row), keys, own, scoring, bias, dropout, HEAD_DIM,
+            HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, DROPOUT, EXACT,
         )  # fmt: skip
         delta = tl.sum(p * dp, 1)
         if GradLse is not None:
@@ -246,10 +270,9 @@ def attention_backward_dq(
     for part in tl.static_range(0, 2 if SPLIT else 1):
         dq, below, above = _dq_tiles(
             dq, below, above, low if part == 0 else full, full if SPLIT and part == 0 else high,
-            q, grad, top, factor, delta, K, V, Ds, rows, first_row, row_keys, length_q, length_k, shift, left, right,
-            scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column, ds_columns,
-            threshold, keep_scale, stride_kn * UNIT, stride_vn * UNIT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-            BLOCK_M, BLOCK_N, part == 1 or not SPLIT, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, BIAS_GRAD, DROPOUT, EXACT,
+            QueryRows(q, grad, top, factor, delta, rows, first_row), keys, own, scoring, bias, dropout, Ds, ds_columns,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, part == 1 or not SPLIT, HAS_LEFT, HAS_RIGHT,
+            SOFTCAP, BIAS, BIAS_GRAD, DROPOUT, EXACT,
         )  # fmt: skip
 
     dq = tl.where(rows < length_q, dq * scale, 0.0)
@@ -262,14 +285,25 @@ def attention_backward_dq(
         tl.store(Sums + heads.to(tl.int64) * batch * tiles + at, tl.sum(above, 0))
 
 
+class RowPointers(NamedTuple):
+    """The first query of a sequence and head, its gradient, its place among the rows' sums, and strides of tokens."""
+
+    Q: Any
+    Grad: Any
+    Top: Any
+    Total: Any
+    Delta: Any
+    row_at: Any
+    stride_q: Any
+    stride_g: Any
+
+
 @triton.jit
 def _dkdv_tiles(
-    dk, dv, low, high, k, v, Q, Grad, Top, Total, Delta, row_at, columns, first_column, Seed, sequence, head,
-    length_q, length_k, shift, left, right, scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row,
-    stride_bias_column, threshold, keep_scale, stride_qn, stride_gn, HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr,
+    dk, dv, low, high, k, v, queries, columns, first_column, Seed, sequence, head, seq, scoring, bias, threshold,
+    keep_scale, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Add to dk and dv what one head's query rows from `low` to `high` give; tiles are transposed, `[N, M]`."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -277,16 +311,22 @@ def _dkdv_tiles(
     offs_m = tl.arange(0, BLOCK_M)
     for first in range(low, high, BLOCK_M):
         at = tl.cast(first, tl.int64)
-        q = load_rows(Q + at * stride_qn, offs_m, length_q - first, stride_qn, offs_d, HEAD_DIM, BLOCK_D)
-        grad = load_rows(Grad + at * stride_gn, offs_m, length_q - first, stride_gn, offs_dv, HEAD_DIM_V, BLOCK_DV)
-        at += row_at
-        top, factor = load_row_sums(Top + at, None if Total is None else Total + at, offs_m, length_q - first)
-        delta = tl.load(Delta + at + offs_m, mask=offs_m < length_q - first, other=0.0)
+        remaining = seq.length_q - first
+        q = load_rows(  # [BLOCK_M, BLOCK_D]
+            queries.Q + at * queries.stride_q, offs_m, remaining, queries.stride_q, offs_d, HEAD_DIM, BLOCK_D
+        )
+        grad = load_rows(  # [BLOCK_M, BLOCK_DV]
+            queries.Grad + at * queries.stride_g, offs_m, remaining, queries.stride_g, offs_dv, HEAD_DIM_V, BLOCK_DV
+        )
+        at += queries.row_at
+        top, factor = load_row_sums(  # [BLOCK_M]
+            queries.Top + at, None if queries.Total is None else queries.Total + at, offs_m, remaining
+        )
+        delta = tl.load(queries.Delta + at + offs_m, mask=offs_m < remaining, other=0.0)  # [BLOCK_M]
         rows = (first + offs_m)[None, :]
-        scores, slope = score_tile(
-            tl.dot(k, tl.trans(q), input_precision="ieee"), rows, columns, first, first_column, length_q, length_k,
-            shift, left, right, scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row,
-            stride_bias_column, BLOCK_M, BLOCK_N, MASKED, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT, EXACT,
+        scores, slope = score_tile(  # [BLOCK_N, BLOCK_M]
+            tl.dot(k, tl.trans(q), input_precision="ieee"), rows, columns, first, first_column, seq, scoring, bias,
+            BLOCK_M, BLOCK_N, MASKED, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT,
         )  # fmt: skip
         p = probabilities(scores, top[None, :], factor[None, :], EXACT)
         kept = p
@@ -322,17 +362,11 @@ def attention_backward_dkdv(
     tile = program % tiles
     kv_head = program // tiles % heads
     sequence = program // tiles // heads
-    start_k = tl.load(StartsK + sequence).to(tl.int64)
-    slots_k = (tl.load(StartsK + sequence + 1).to(tl.int64) - start_k).to(tl.int32)
+    seq = load_sequence(StartsQ, LengthsQ, StartsK, LengthsK, sequence, CAUSAL)
+    slots_k = (tl.load(StartsK + sequence + 1).to(tl.int64) - seq.start_k).to(tl.int32)
     first_column = tile * BLOCK_N
     if first_column >= slots_k:
         return
-    start_q = tl.load(StartsQ + sequence).to(tl.int64)
-    length_q = tl.load(LengthsQ + sequence).to(tl.int32)
-    length_k = tl.load(LengthsK + sequence).to(tl.int32)
-    shift = 0
-    if CAUSAL:
-        shift = length_k - length_q
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
 
     offs_n = tl.arange(0, BLOCK_N)
@@ -340,35 +374,42 @@ def attention_backward_dkdv(
     offs_dv = tl.arange(0, BLOCK_DV)
     local_columns = first_column + offs_n
     columns = local_columns[:, None]
-    first_token = start_k + first_column
+    first_token = seq.start_k + first_column
+    length_k = seq.length_k
     K += first_token * stride_kn * UNIT + kv_head.to(tl.int64) * stride_kh * UNIT
     V += first_token * stride_vn * UNIT + kv_head.to(tl.int64) * stride_vh * UNIT
     remaining = length_k - first_column
-    k = load_rows(K, offs_n, remaining, stride_kn * UNIT, offs_d, HEAD_DIM, BLOCK_D)
-    v = load_rows(V, offs_n, remaining, stride_vn * UNIT, offs_dv, HEAD_DIM_V, BLOCK_DV)
-    length_q = tl.where(first_column < length_k, length_q, 0)  # a tile of padding visits no query
+    k = load_rows(K, offs_n, remaining, stride_kn * UNIT, offs_d, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(V, offs_n, remaining, stride_vn * UNIT, offs_dv, HEAD_DIM_V, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    length_q = tl.where(first_column < length_k, seq.length_q, 0)  # a tile of padding visits no query
+    own = Sequence(seq.start_q, seq.start_k, length_q, length_k, seq.shift)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     last_column = tl.minimum(first_column + BLOCK_N, length_k) - 1
-    low, full, high = query_range(first_column, last_column, shift, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M)
+    low, full, high = query_range(
+        first_column, last_column, seq.shift, length_q, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+    )
     MASKS: tl.constexpr = HAS_LEFT or HAS_RIGHT  # keys beyond the sequence need none here: they are not stored
     SPLIT: tl.constexpr = HAS_RIGHT and not (HAS_LEFT or Seed is not None or BIAS == DENSE)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         head_64 = head.to(tl.int64)
-        bias = Bias
+        own_bias = Bias
         if BIAS != NO_BIAS:
-            bias = Bias + (sequence.to(tl.int64) * stride_bias_batch + head_64 * stride_bias_head)
+            own_bias = Bias + (sequence.to(tl.int64) * stride_bias_batch + head_64 * stride_bias_head)
         for part in tl.static_range(0, 2 if SPLIT else 1):
             dk, dv = _dkdv_tiles(
-                dk, dv, low if part == 0 else full, tl.minimum(full, high) if SPLIT and part == 0 else high,
-                k, v, Q + (start_q * stride_qn + head_64 * stride_qh) * UNIT,
-                Grad + (start_q * stride_gn + head_64 * stride_gh) * UNIT, Top, Total, Delta,
-                head_64 * tokens_q + start_q, columns, first_column, Seed, sequence, head, length_q, length_k,
-                shift, left, right, scale, softcap, bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row,
-                stride_bias_column, threshold, keep_scale, stride_qn * UNIT, stride_gn * UNIT, HEAD_DIM, HEAD_DIM_V,
-                BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASKS and part == 0, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT,
+                dk, dv, low if part == 0 else full, tl.minimum(full, high) if SPLIT and part == 0 else high, k, v,
+                RowPointers(
+                    Q + (seq.start_q * stride_qn + head_64 * stride_qh) * UNIT,
+                    Grad + (seq.start_q * stride_gn + head_64 * stride_gh) * UNIT,
+                    Top, Total, Delta, head_64 * tokens_q + seq.start_q, stride_qn * UNIT, stride_gn * UNIT,
+                ),
+                columns, first_column, Seed, sequence, head, own, Scoring(left, right, scale, softcap),
+                BiasRows(own_bias, MapQ, MapK, reach, stride_bias_row, stride_bias_column), threshold, keep_scale,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASKS and part == 0, HAS_LEFT, HAS_RIGHT,
+                SOFTCAP, BIAS, EXACT,
             )  # fmt: skip
 
     real = columns < length_k
@@ -386,26 +427,30 @@ def attention_backward_dkdv(
 
 @triton.jit
 def _ds_tile(
-    q, grad, top, factor, delta, K, V, first_column, rows, first_row, row_keys, length_q, length_k, shift, left,
-    right, scale, softcap, Bias, start_q, start_k, reach, threshold, keep_scale, stride_kn, stride_vn,
+    queries, keys, first_column, seq, scoring, bias, dropout,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Compute dS of a square tile that may begin before the first key or end behind the last."""
+    """Compute dS of a square tile that may begin before the first key or end after the last."""
     columns = first_column + tl.arange(0, BLOCK)
     tokens = columns.to(tl.int64)
-    k = load_rows(K, tokens, length_k, stride_kn, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
-    v = load_rows(V, tokens, length_k, stride_vn, tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV)
-    scores, _ = score_tile(
-        tl.dot(q, tl.trans(k), input_precision="ieee"), rows, columns[None, :], first_row, first_column, length_q,
-        length_k, shift, left, right, scale, softcap, Bias, start_q, start_k, reach, None, None, 0, 0, BLOCK, BLOCK,
-        True, HAS_LEFT, HAS_RIGHT, SOFTCAP, TABLE, EXACT, EXACT,
+    k = load_rows(  # [BLOCK, BLOCK_D]
+        keys.K, tokens, seq.length_k, keys.stride_k, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D
+    )
+    v = load_rows(  # [BLOCK, BLOCK_DV]
+        keys.V, tokens, seq.length_k, keys.stride_v, tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV
+    )
+    scores, _ = score_tile(  # [BLOCK, BLOCK]
+        tl.dot(queries.q, tl.trans(k), input_precision="ieee"), queries.rows, columns[None, :], queries.first_row,
+        first_column, seq, scoring, bias, BLOCK, BLOCK, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, TABLE, EXACT,
     )  # fmt: skip
-    dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    dp = tl.dot(queries.grad, tl.trans(v), input_precision="ieee")
     if DROPOUT:
-        dp = tl.where(dropout_survives(row_keys, columns[None, :], threshold), dp * keep_scale, 0.0)
-    return probabilities(scores, top[:, None], factor[:, None], EXACT) * (dp - delta[:, None])
+        survives = dropout_survives(dropout.row_keys, columns[None, :], dropout.threshold)
+        dp = tl.where(survives, dp * dropout.keep_scale, 0.0)
+    p = probabilities(scores, queries.top[:, None], queries.factor[:, None], EXACT)
+    return p * (dp - queries.delta[:, None])
 
 
 @jit
@@ -442,45 +487,41 @@ def attention_backward_diagonals(
     for item in range(split, batch * tiles, splits):
         sequence = item // tiles
         first_row = item % tiles * BLOCK
-        start_q = tl.load(StartsQ + sequence).to(tl.int64)
-        start_k = tl.load(StartsK + sequence).to(tl.int64)
-        length_q = tl.load(LengthsQ + sequence).to(tl.int32)
-        length_k = tl.load(LengthsK + sequence).to(tl.int32)
-        shift = 0
-        if CAUSAL:
-            shift = length_k - length_q
-        first_column = first_row + shift + low_diagonal + block * BLOCK
-        if (first_row < length_q) & (first_column < length_k) & (first_column + 2 * BLOCK > 0):
-            first_token = start_q + first_row
-            remaining = length_q - first_row
+        seq = load_sequence(StartsQ, LengthsQ, StartsK, LengthsK, sequence, CAUSAL)
+        first_column = first_row + seq.shift + low_diagonal + block * BLOCK
+        if (first_row < seq.length_q) & (first_column < seq.length_k) & (first_column + 2 * BLOCK > 0):
+            first_token = seq.start_q + first_row
+            remaining = seq.length_q - first_row
             rows = first_row + offs[:, None]
             row_keys = rows
             if DROPOUT:
                 row_keys = dropout_row_keys(Seed, sequence, head, rows)
-            q = load_rows(
+            q = load_rows(  # [BLOCK, BLOCK_D]
                 Q + (first_token * stride_qn + head_64 * stride_qh) * UNIT, offs, remaining, stride_qn * UNIT,
                 tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D,
             )  # fmt: skip
-            grad = load_rows(
+            grad = load_rows(  # [BLOCK, BLOCK_DV]
                 Grad + (first_token * stride_gn + head_64 * stride_gh) * UNIT, offs, remaining, stride_gn * UNIT,
                 tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV,
             )  # fmt: skip
             row_at = head_64 * tokens_q + first_token
             top, factor = load_row_sums(Top + row_at, None if Total is None else Total + row_at, offs, remaining)
-            delta = tl.load(Delta + row_at + offs, mask=offs < remaining, other=0.0)
-            k_head = K + (start_k * stride_kn + kv_head * stride_kh) * UNIT
-            v_head = V + (start_k * stride_vn + kv_head * stride_vh) * UNIT
+            delta = tl.load(Delta + row_at + offs, mask=offs < remaining, other=0.0)  # [BLOCK]
+            queries = QueryRows(q, grad, top, factor, delta, rows, first_row)
+            keys = KeyRows(
+                K + (seq.start_k * stride_kn + kv_head * stride_kh) * UNIT,
+                V + (seq.start_k * stride_vn + kv_head * stride_vh) * UNIT, stride_kn * UNIT, stride_vn * UNIT,
+            )  # fmt: skip
+            scoring = Scoring(left, right, scale, softcap)
+            bias = BiasRows(Bias, None, None, reach, 0, 0)
+            dropout = Dropout(row_keys, threshold, keep_scale)
             near = _ds_tile(
-                q, grad, top, factor, delta, k_head, v_head, first_column, rows, first_row, row_keys, length_q,
-                length_k, shift, left, right, scale, softcap, Bias, start_q, start_k, reach, threshold, keep_scale,
-                stride_kn * UNIT, stride_vn * UNIT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK, HAS_LEFT,
-                HAS_RIGHT, SOFTCAP, DROPOUT, EXACT,
+                queries, keys, first_column, seq, scoring, bias, dropout, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                BLOCK, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, EXACT,
             )  # fmt: skip
             far = _ds_tile(
-                q, grad, top, factor, delta, k_head, v_head, first_column + BLOCK, rows, first_row, row_keys, length_q,
-                length_k, shift, left, right, scale, softcap, Bias, start_q, start_k, reach, threshold, keep_scale,
-                stride_kn * UNIT, stride_vn * UNIT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK, HAS_LEFT,
-                HAS_RIGHT, SOFTCAP, DROPOUT, EXACT,
+                queries, keys, first_column + BLOCK, seq, scoring, bias, dropout, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+                BLOCK_DV, BLOCK, HAS_LEFT, HAS_RIGHT, SOFTCAP, DROPOUT, EXACT,
             )  # fmt: skip
             sums += tl.sum(tl.gather(tl.where(first_tile, near, far), turn, 1), 0)
     at = block * BLOCK + offs

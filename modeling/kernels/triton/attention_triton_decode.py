@@ -17,11 +17,25 @@ the heads fastest), N keys of a tile, DV the head dim of v.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention_triton_kernels import ALIBI, DENSE, LN2, NO_BIAS, TABLE, exponential, load_rows, score_tile
+from .attention_triton_kernels import (
+    ALIBI,
+    DENSE,
+    LN2,
+    NO_BIAS,
+    TABLE,
+    BiasRows,
+    Dropout,
+    Scoring,
+    Sequence,
+    add_keys,
+    exponential,
+    load_rows,
+)
 
 try:
     import triton
@@ -62,7 +76,7 @@ def decode_split(
         return
     start_k = tl.load(StartsK + sequence).to(tl.int64)
     length_k = (tl.load(EndsK + sequence) - start_k).to(tl.int32)
-    shift = 0
+    shift = length_k * 0
     if CAUSAL:
         shift = length_k - length_q
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
@@ -101,6 +115,8 @@ def decode_split(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    seq = Sequence(start_q, start_k, length_q, high, shift)
+    dropout = Dropout(rows, 0, 0)  # there is none
     for first in range(low, high, BLOCK_N):
         if MapK is None:
             at = start_k + first
@@ -110,19 +126,12 @@ def decode_split(
             slots = tl.load(MapK + start_k + first + offs_n, mask=offs_n < high - first, other=-1).to(tl.int64)
             k = load_rows(K, slots, slots_k, stride_kn, offs_d, HEAD_DIM, BLOCK_D, UPCAST)
             v = load_rows(V, slots, slots_k, stride_vn, offs_dv, HEAD_DIM_V, BLOCK_DV, UPCAST)
-        scores, _ = score_tile(
-            tl.dot(q, tl.trans(k), input_precision="ieee"), rows[:, None], (first + offs_n)[None, :], first_row, first,
-            length_q, high, shift, left, right, scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK,
-            stride_bias_row, stride_bias_column, BLOCK_M // GROUP + 2, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP,
-            BIAS, EXACT, EXACT,
+        acc, total, top = add_keys(
+            acc, total, top, q, k, v, rows[:, None], (first + offs_n)[None, :], first_row, first, seq,
+            Scoring(left, right, scale, softcap),
+            BiasRows(Bias, MapQ, MapK, reach, stride_bias_row, stride_bias_column), dropout,
+            BLOCK_M // GROUP + 2, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, False, EXACT,
         )  # fmt: skip
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = exponential(scores - finite_top[:, None], EXACT)
-        shrink = exponential(top - finite_top, EXACT)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        top = new_top
 
     attends = total > 0
     safe_total = tl.where(attends, total, 1.0)
@@ -250,53 +259,85 @@ def _decode(
     map_k: Tensor | None,
     splits: int | None,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, cu_q, cu_k, slopes, lut, dense, map_q, map_k)
-    cache = k.dim() == 4
+    _check_tensors(q, k, v)
+    _check_sequences(q, k, cu_q, cu_k, map_q, map_k)
+    _check_bias(q.shape[1], slopes, lut, dense)
     queries, heads, dim = q.shape
     kv_heads, v_dim = v.shape[-2:]
-    group, batch = heads // kv_heads, _sequences(cu_q)
-    starts_q, ends_q = _bounds(cu_q)
-    starts_k, ends_k = _bounds(cu_k)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    strides = (*_strides(q), *_kv_strides(k), *_kv_strides(v))
-    unit = 1 if any(stride % 8 for stride in strides) else 8
-    map_q, map_k = (None if rows is None else rows.contiguous() for rows in (map_q, map_k))
-    launch = decode_launch(q.dtype, dim, v_dim, group * max_q)
-    tiles = -(-group * max_q // launch["BLOCK_M"])
-    programs = batch * kv_heads * tiles
+    rows = heads // kv_heads * max_q
+    launch = decode_launch(q.dtype, dim, v_dim, rows)
+    tiles = -(-rows // launch["BLOCK_M"])
+    programs = _sequences(cu_q) * kv_heads * tiles
     if splits is None:
         seen = max_k if left is None or right is None else min(max_k, left + right + max_q)
         splits = _splits(programs, seen, launch["BLOCK_N"], q.device)
-    # the interpreter multiplies bfloat16 wrongly and cuts it off instead of rounding: float32 throughout
-    upcast = INTERPRETED and q.dtype == torch.bfloat16
-    out = q.new_empty(queries, heads, v_dim, dtype=torch.float32 if upcast else q.dtype)
-    lse = q.new_empty(heads, queries, dtype=torch.float32)
-    if cu_q.dim() == 2:  # rows outside of the bounds are padding
-        out.zero_()
-        lse.fill_(-torch.inf)
+    out, lse, parts, lses = _buffers(q, v_dim, splits, gaps=cu_q.dim() == 2)
     if programs == 0 or out.numel() == 0:
         return out.to(q.dtype), lse
-    parts, lses = out, lse
-    if splits > 1:
-        parts = out.new_empty(splits, *out.shape, dtype=torch.float32)
-        lses = lse.new_empty(splits, *lse.shape)
-        if cu_q.dim() == 2:
-            lses.fill_(-torch.inf)
-    bias, kind, bias_strides = _bias(slopes, lut, dense)
+    arguments = {
+        "tiles": tiles,
+        **_tensors_and_strides(q, k, v, cu_q, cu_k, map_q, map_k),
+        **_bounds_of_scores(causal, left, right, softcap, scale),
+        **_bias(slopes, lut, dense, cache=k.dim() == 4),
+    }
     with torch.get_device_module(q.device).device(q.device) if q.is_cuda else contextlib.nullcontext():
-        decode_split[(programs, splits)](
-            q, k, v, parts, lses, starts_q, ends_q, starts_k, ends_k, bias, map_q, map_k, k.shape[1] if cache else 0,
-            *(stride // unit for stride in strides), *bias_strides, queries, tiles, kv_heads, left or 0, right or 0,
-            0 if lut is None else lut.shape[1] // 2, scale, softcap or 1.0, UNIT=unit, GROUP=group, HEAD_DIM=dim,
-            HEAD_DIM_V=v_dim, CAUSAL=causal, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
-            SOFTCAP=softcap is not None, BIAS=kind, CACHE=cache and dense is not None,
-            UPCAST=upcast, **launch,
-        )  # fmt: skip
+        decode_split[(programs, splits)](Out=parts, Lse=lses, UPCAST=_upcasts(q), **arguments, **launch)
         if splits > 1:
             decode_combine[(queries * heads,)](
                 parts, lses, out, lse, splits, queries, heads, HEAD_DIM_V=v_dim, BLOCK_DV=launch["BLOCK_DV"], BLOCK_S=16
             )
     return out.to(q.dtype), lse
+
+
+def _upcasts(q: Tensor) -> bool:
+    """Return whether to compute in float32: the interpreter multiplies bfloat16 wrongly, and cuts it off."""
+    return INTERPRETED and q.dtype == torch.bfloat16
+
+
+def _buffers(q: Tensor, v_dim: int, splits: int, gaps: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Make out and lse, and what the parts of the keys give; `gaps`: rows of no sequence, which get 0 and -inf."""
+    queries, heads, _ = q.shape
+    out = q.new_empty(queries, heads, v_dim, dtype=torch.float32 if _upcasts(q) else q.dtype)
+    lse = q.new_empty(heads, queries, dtype=torch.float32)
+    if gaps:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    if splits == 1:
+        return out, lse, out, lse
+    parts = out.new_empty(splits, *out.shape, dtype=torch.float32)
+    lses = lse.new_empty(splits, *lse.shape)
+    if gaps:
+        lses.fill_(-torch.inf)
+    return out, lse, parts, lses
+
+
+def _tensors_and_strides(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, map_q: Tensor | None, map_k: Tensor | None
+) -> dict[str, Any]:
+    """Name what the kernel reads, and its strides in units."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    names = ("qn", "qh", "kb", "kn", "kh", "vb", "vn", "vh")
+    strides = (*_strides(q), *_kv_strides(k), *_kv_strides(v))
+    unit = 1 if any(stride % 8 for stride in strides) else 8
+    (starts_q, ends_q), (starts_k, ends_k) = _bounds(cu_q), _bounds(cu_k)
+    map_q, map_k = (None if rows is None else rows.contiguous() for rows in (map_q, map_k))
+    return {
+        "Q": q, "K": k, "V": v, "StartsQ": starts_q, "EndsQ": ends_q, "StartsK": starts_k, "EndsK": ends_k,
+        "MapQ": map_q, "MapK": map_k, "slots_k": k.shape[1] if k.dim() == 4 else 0,
+        **{f"stride_{name}": stride // unit for name, stride in zip(names, strides, strict=True)},
+        "tokens_q": q.shape[0], "kv_heads": k.shape[-2], "UNIT": unit, "GROUP": q.shape[1] // k.shape[-2],
+        "HEAD_DIM": q.shape[2], "HEAD_DIM_V": v.shape[-1],
+    }  # fmt: skip
+
+
+def _bounds_of_scores(
+    causal: bool, left: int | None, right: int | None, softcap: float | None, scale: float
+) -> dict[str, Any]:
+    """Name what bounds the scores: causality, window, softcap."""
+    return {
+        "CAUSAL": causal, "HAS_LEFT": left is not None, "HAS_RIGHT": right is not None, "left": left or 0,
+        "right": right or 0, "SOFTCAP": softcap is not None, "softcap": softcap or 1.0, "scale": scale,
+    }  # fmt: skip
 
 
 @_decode.register_fake
@@ -372,24 +413,27 @@ def _bounds(cu: Tensor) -> tuple[Tensor, Tensor]:
     return (cu[:-1], cu[1:]) if cu.dim() == 1 else (cu[0].contiguous(), cu[1].contiguous())
 
 
-def _bias(
-    slopes: Tensor | None, lut: Tensor | None, dense: Tensor | None
-) -> tuple[Tensor | None, int, tuple[int, int, int, int]]:
-    """Give the kernel's bias: tensor, kind, strides of sequence, head, row and column."""
+def _bias(slopes: Tensor | None, lut: Tensor | None, dense: Tensor | None, cache: bool) -> dict[str, Any]:
+    """Name the kernel's bias: tensor, kind, and strides of sequence, head, row and column."""
+    bias, kind, strides = None, NO_BIAS.value, (0, 0, 0, 0)
     if slopes is not None:
-        return slopes.contiguous(), ALIBI.value, (0, 1, 0, 0)
-    if lut is not None:
-        return lut.contiguous(), TABLE.value, (0, lut.shape[1], 0, 0)
-    if dense is not None:
-        return dense, DENSE.value, _strides(dense[..., None])  # type: ignore[return-value]
-    return None, NO_BIAS.value, (0, 0, 0, 0)
+        bias, kind, strides = slopes.contiguous(), ALIBI.value, (0, 1, 0, 0)
+    elif lut is not None:
+        bias, kind, strides = lut.contiguous(), TABLE.value, (0, lut.shape[1], 0, 0)
+    elif dense is not None:
+        bias, kind, strides = dense, DENSE.value, _strides(dense[..., None])  # type: ignore[assignment]
+    names = ("batch", "head", "row", "column")
+    return {
+        "Bias": bias,
+        "BIAS": kind,
+        "CACHE": cache and dense is not None,
+        "reach": 0 if lut is None else lut.shape[1] // 2,
+        **{f"stride_bias_{name}": stride for name, stride in zip(names, strides, strict=True)},
+    }
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, slopes: Tensor | None, lut: Tensor | None,
-    dense: Tensor | None, map_q: Tensor | None, map_k: Tensor | None,
-) -> None:  # fmt: skip
-    """Refuse by name what would read out of bounds or be silently wrong."""
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check q, k and v; raise ValueError for what would read out of bounds or be silently wrong."""
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; make them one of float16, bfloat16, float32")
     if q.dim() != 3 or k.dim() not in (3, 4) or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
@@ -401,6 +445,12 @@ def _check(
     heads, kv_heads = q.shape[1], k.shape[-2]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q has {heads} heads, which must be a multiple of the {kv_heads} of k")
+
+
+def _check_sequences(
+    q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, map_q: Tensor | None, map_k: Tensor | None
+) -> None:
+    """Check where the sequences are; raise ValueError where the tensors cannot hold them."""
     for name, cu in (("cu_q", cu_q), ("cu_k", cu_k)):
         if cu.dim() not in (1, 2) or (cu.dim() == 2 and cu.shape[0] != 2) or _sequences(cu) != _sequences(cu_q):
             raise ValueError(
@@ -408,6 +458,14 @@ def _check(
             )
     if k.dim() == 4 and (cu_k.dim() != 2 or k.shape[0] != cu_k.shape[1]):
         raise ValueError(f"cu_k has shape {tuple(cu_k.shape)}; for a cache {tuple(k.shape)} give [2, {k.shape[0]}]")
+    if map_q is not None and map_q.shape != q.shape[:1]:
+        raise ValueError(f"map_q has shape {tuple(map_q.shape)}; give [{q.shape[0]}], one row for each query")
+    if map_k is not None and (k.dim() != 4 or map_k.shape != k.shape[:2]):
+        raise ValueError(f"map_k has shape {tuple(map_k.shape)} and k {tuple(k.shape)}; it is for a cache, [B, S]")
+
+
+def _check_bias(heads: int, slopes: Tensor | None, lut: Tensor | None, dense: Tensor | None) -> None:
+    """Check the one bias there may be; raise ValueError where its shape does not fit."""
     if sum(bias is not None for bias in (slopes, lut, dense)) > 1:
         raise ValueError("slopes, lut and dense exclude each other; add them up in a dense bias")
     if slopes is not None and slopes.shape != (heads,):
@@ -416,7 +474,3 @@ def _check(
         raise ValueError(f"lut has shape {tuple(lut.shape)}; give [{heads}, 2R + 1]")
     if dense is not None and dense.dim() != 4:
         raise ValueError(f"dense has shape {tuple(dense.shape)}; give [B | 1, H | 1, L | 1, S | 1]")
-    if map_q is not None and map_q.shape != q.shape[:1]:
-        raise ValueError(f"map_q has shape {tuple(map_q.shape)}; give [{q.shape[0]}], one row for each query")
-    if map_k is not None and (k.dim() != 4 or map_k.shape != k.shape[:2]):
-        raise ValueError(f"map_k has shape {tuple(map_k.shape)} and k {tuple(k.shape)}; it is for a cache, [B, S]")

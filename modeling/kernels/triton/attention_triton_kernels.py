@@ -14,10 +14,16 @@ Pointers are in CamelCase; `Bias` is, by `BIAS`: slopes `[H]` (ALIBI), a table b
 (TABLE), or a tensor with four strides (DENSE). Strides of tokens and heads are in units of `UNIT` elements, which tells
 the compiler of their alignment while their values stay unspecialised: one compilation serves all lengths.
 
+Named tuples group what device functions share. Triton 3.6 and 3.7 build them inside kernels only: as arguments of a
+kernel they would be specialised on every value (`do_not_specialize` does not reach into them), and a constexpr in one
+becomes a runtime value when it is passed on. So kernels take plain arguments, and constexprs stay outside.
+
 Shapes: M query rows of a tile, N key rows of a tile, D head dim, DV head dim of v.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 try:
     import triton
@@ -100,84 +106,143 @@ def load_rows(X, rows, length, stride, offs_d, SIZE: tl.constexpr, BLOCK: tl.con
     return x
 
 
+class Sequence(NamedTuple):
+    """Where one sequence is: first rows of its queries and keys, their numbers, and the position of row 0."""
+
+    start_q: Any
+    start_k: Any
+    length_q: Any
+    length_k: Any
+    shift: Any
+
+
+class Scoring(NamedTuple):
+    """The numbers that turn products into scores; `left` and `right` bound the window."""
+
+    left: Any
+    right: Any
+    scale: Any
+    softcap: Any
+
+
+class BiasRows(NamedTuple):
+    """The bias of one sequence and head.
+
+    `Bias` points to the head's slope, the head's row of the table, or the (sequence, head) plane of the tensor. `MapQ`
+    holds the padded column of each query token, from `start_q` on (None: its rank); `MapK` that of each key.
+    """
+
+    Bias: Any
+    MapQ: Any
+    MapK: Any
+    reach: Any
+    stride_row: Any
+    stride_column: Any
+
+
+class KeyRows(NamedTuple):
+    """The first key and value of a sequence and head, and the strides of tokens."""
+
+    K: Any
+    V: Any
+    stride_k: Any
+    stride_v: Any
+
+
+class Dropout(NamedTuple):
+    """What decides which weights of some rows survive; dummies without dropout."""
+
+    row_keys: Any
+    threshold: Any
+    keep_scale: Any
+
+
 @triton.jit
-def bias_tile(
-    Bias, ahead, lowest, highest, rows, columns, length_q, length_k, start_q, start_k, reach, MapQ, MapK,
-    stride_bias_row, stride_bias_column, BIAS: tl.constexpr,
-):  # fmt: skip
-    """Give the bias of a tile; `rows` and `columns` broadcast, `Bias` already stands at the sequence and head.
+def load_sequence(StartsQ, LengthsQ, StartsK, LengthsK, sequence, CAUSAL: tl.constexpr):
+    """Load where a sequence is: how every kernel begins."""
+    start_q = tl.load(StartsQ + sequence).to(tl.int64)
+    start_k = tl.load(StartsK + sequence).to(tl.int64)
+    length_q = tl.load(LengthsQ + sequence).to(tl.int32)
+    length_k = tl.load(LengthsK + sequence).to(tl.int32)
+    shift = length_k * 0
+    if CAUSAL:
+        shift = length_k - length_q
+    return Sequence(start_q, start_k, length_q, length_k, shift)
+
+
+@triton.jit
+def bias_tile(bias, seq, ahead, lowest, highest, rows, columns, BIAS: tl.constexpr):
+    """Give the bias of a tile; `rows` and `columns` broadcast against each other.
 
     Args:
-        Bias: pointer to the head's slope, the head's row of the table, or the (sequence, head) plane of the tensor.
+        bias: `BiasRows`; seq: `Sequence`.
         ahead: key position minus query position, of the tile's shape.
         lowest: least `ahead` of the tile, a scalar; `highest`: the greatest.
-        MapQ: padded column of each query token, from `start_q` on (None: its rank); `MapK`: of each key.
     """
     if BIAS == ALIBI:
-        bias = tl.load(Bias).to(tl.float32) * -tl.abs(ahead).to(tl.float32)
+        values = tl.load(bias.Bias).to(tl.float32) * -tl.abs(ahead).to(tl.float32)
     elif BIAS == TABLE:
-        if (highest <= -reach) | (lowest >= reach):  # the whole tile has one value
-            one = tl.load(Bias + tl.where(highest <= -reach, 0, 2 * reach)).to(tl.float32)
-            bias = tl.zeros(ahead.shape, tl.float32) + one
+        if (highest <= -bias.reach) | (lowest >= bias.reach):  # the whole tile has one value
+            one = tl.load(bias.Bias + tl.where(highest <= -bias.reach, 0, 2 * bias.reach)).to(tl.float32)
+            values = tl.zeros(ahead.shape, tl.float32) + one
         else:
-            clipped = tl.minimum(tl.maximum(ahead, -reach), reach)
-            bias = tl.load(Bias + reach + clipped).to(tl.float32)
+            clipped = tl.minimum(tl.maximum(ahead, -bias.reach), bias.reach)
+            values = tl.load(bias.Bias + bias.reach + clipped).to(tl.float32)
     else:
-        row_inside = (rows >= 0) & (rows < length_q)
-        column_inside = (columns >= 0) & (columns < length_k)
-        row_at = rows.to(tl.int64)
-        column_at = columns.to(tl.int64)
-        if MapQ is not None:
-            row_at = tl.load(MapQ + start_q + rows, mask=row_inside, other=0).to(tl.int64)
-        if MapK is not None:
-            column_at = tl.load(MapK + start_k + columns, mask=column_inside, other=0).to(tl.int64)
-        offsets = row_at * stride_bias_row + column_at * stride_bias_column
-        bias = tl.load(Bias + offsets, mask=row_inside & column_inside, other=0.0).to(tl.float32)
-    return bias
+        row_at, row_inside = dense_places(bias.MapQ, rows, seq.start_q, seq.length_q)
+        column_at, column_inside = dense_places(bias.MapK, columns, seq.start_k, seq.length_k)
+        offsets = row_at * bias.stride_row + column_at * bias.stride_column
+        values = tl.load(bias.Bias + offsets, mask=row_inside & column_inside, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def dense_places(Map, ranks, start, length):
+    """Give the rows (or columns) of a dense bias that some tokens of a sequence have, and which tokens there are."""
+    inside = (ranks >= 0) & (ranks < length)
+    places = ranks.to(tl.int64)
+    if Map is not None:
+        places = tl.load(Map + start + ranks, mask=inside, other=0).to(tl.int64)
+    return places, inside
 
 
 @triton.jit
 def score_tile(
-    qk, rows, columns, first_row, first_column, length_q, length_k, shift, left, right, scale, softcap,
-    Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column,
+    qk, rows, columns, first_row, first_column, seq, scoring, bias,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr, NATURAL: tl.constexpr = False,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Turn products of queries and keys into scores: scale, softcap, bias, mask.
 
     Args:
         qk: the products, `[M, N]` with `rows` `[M, 1]` and `columns` `[1, N]`, or all of them transposed.
         first_row: least of `rows`, a scalar; `ROWS` is their number; `first_column` and `COLUMNS` likewise.
-        shift: position of row 0 among the keys.
+        seq: `Sequence`; scoring: `Scoring`; bias: `BiasRows`.
         MASKED: False promises that every column is a visible key of every row.
-        NATURAL: scores as they are, instead of in units of log 2.
+        EXACT: scores as they are, instead of in units of log 2.
 
     Returns:
         the scores, and the derivative of the softcap (a dummy without one).
     """
-    UNIT_OF_SCORE: tl.constexpr = 1.0 if NATURAL else LOG2E
-    ahead = columns - rows - shift
+    UNIT_OF_SCORE: tl.constexpr = 1.0 if EXACT else LOG2E
+    ahead = columns - rows - seq.shift
     slope = qk
     if SOFTCAP:
-        t = tanh(qk * (scale / softcap), EXACT)
+        t = tanh(qk * (scoring.scale / scoring.softcap), EXACT)
         slope = 1 - t * t
-        scores = t * (softcap * UNIT_OF_SCORE)
+        scores = t * (scoring.softcap * UNIT_OF_SCORE)
     else:
-        scores = qk * (scale * UNIT_OF_SCORE)
+        scores = qk * (scoring.scale * UNIT_OF_SCORE)
     if BIAS != NO_BIAS:
-        lowest = first_column - first_row - shift - (ROWS - 1)
-        highest = first_column - first_row - shift + (COLUMNS - 1)
-        bias = bias_tile(
-            Bias, ahead, lowest, highest, rows, columns, length_q, length_k, start_q, start_k, reach, MapQ, MapK,
-            stride_bias_row, stride_bias_column, BIAS,
-        )  # fmt: skip
-        scores += bias * UNIT_OF_SCORE
+        lowest = first_column - first_row - seq.shift - (ROWS - 1)
+        highest = first_column - first_row - seq.shift + (COLUMNS - 1)
+        scores += bias_tile(bias, seq, ahead, lowest, highest, rows, columns, BIAS) * UNIT_OF_SCORE
     if MASKED:
-        visible = (columns >= 0) & (columns < length_k) & (rows < length_q)
+        visible = (columns >= 0) & (columns < seq.length_k) & (rows < seq.length_q)
         if HAS_LEFT:
-            visible = visible & (ahead >= -left)
+            visible = visible & (ahead >= -scoring.left)
         if HAS_RIGHT:
-            visible = visible & (ahead <= right)
+            visible = visible & (ahead <= scoring.right)
         scores = tl.where(visible, scores, float("-inf"))
     return scores, slope
 
@@ -235,37 +300,51 @@ def exponential(x, NATURAL: tl.constexpr):
 
 
 @triton.jit
-def _forward_tiles(
-    acc, total, top, low, high, q, K, V, rows, first_row, row_keys, length_q, length_k, shift, left, right, scale,
-    softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column, threshold,
-    stride_kn, stride_vn, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr,
+def add_keys(
+    acc, total, top, q, k, v, rows, columns, first_row, first_column, seq, scoring, bias, dropout,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys from `low` to `high` into the online softmax (Milakov & Gimelshein 2018, algorithm 3)."""
+    """Take one tile of keys into the online softmax (Milakov & Gimelshein 2018, algorithm 3)."""
+    scores, _ = score_tile(  # [BLOCK_M, BLOCK_N]
+        tl.dot(q, tl.trans(k), input_precision="ieee"), rows, columns, first_row, first_column, seq, scoring, bias,
+        BLOCK_M, BLOCK_N, MASKED, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT,
+    )  # fmt: skip
+    new_top = tl.maximum(top, tl.max(scores, 1))  # [BLOCK_M]
+    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = exponential(scores - finite_top[:, None], EXACT)
+    shrink = exponential(top - finite_top, EXACT)
+    total = total * shrink + tl.sum(p, 1)
+    if DROPOUT:
+        p = tl.where(dropout_survives(dropout.row_keys, columns, dropout.threshold), p, 0.0)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
+    return acc, total, new_top
+
+
+@triton.jit
+def _forward_tiles(
+    acc, total, top, low, high, q, keys, rows, first_row, seq, scoring, bias, dropout,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Take the keys from `low` to `high` into the online softmax."""
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     offs_n = tl.arange(0, BLOCK_N)
     for first in range(low, high, BLOCK_N):
         at = tl.cast(first, tl.int64)
-        k = load_rows(K + at * stride_kn, offs_n, length_k - first, stride_kn, offs_d, HEAD_DIM, BLOCK_D)
-        columns = (first + offs_n)[None, :]
-        scores, _ = score_tile(
-            tl.dot(q, tl.trans(k), input_precision="ieee"), rows, columns, first_row, first, length_q, length_k, shift,
-            left, right, scale, softcap, Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row,
-            stride_bias_column, BLOCK_M, BLOCK_N, MASKED, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, EXACT, EXACT,
+        remaining = seq.length_k - first
+        k = load_rows(  # [BLOCK_N, BLOCK_D]
+            keys.K + at * keys.stride_k, offs_n, remaining, keys.stride_k, offs_d, HEAD_DIM, BLOCK_D
+        )
+        v = load_rows(  # [BLOCK_N, BLOCK_DV]
+            keys.V + at * keys.stride_v, offs_n, remaining, keys.stride_v, offs_dv, HEAD_DIM_V, BLOCK_DV
+        )
+        acc, total, top = add_keys(
+            acc, total, top, q, k, v, rows, (first + offs_n)[None, :], first_row, first, seq, scoring, bias, dropout,
+            BLOCK_M, BLOCK_N, MASKED, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, DROPOUT, EXACT,
         )  # fmt: skip
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = exponential(scores - finite_top[:, None], EXACT)
-        shrink = exponential(top - finite_top, EXACT)
-        total = total * shrink + tl.sum(p, 1)
-        if DROPOUT:
-            p = tl.where(dropout_survives(row_keys, columns, threshold), p, 0.0)
-        v = load_rows(V + at * stride_vn, offs_n, length_k - first, stride_vn, offs_dv, HEAD_DIM_V, BLOCK_DV)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        top = new_top
     return acc, total, top
 
 
@@ -288,17 +367,11 @@ def attention_forward(
     tile = tiles - 1 - program % tiles  # the longest rows of a causal sequence come first
     head = program // tiles % heads
     sequence = program // tiles // heads
-    start_q = tl.load(StartsQ + sequence).to(tl.int64)
-    slots_q = (tl.load(StartsQ + sequence + 1).to(tl.int64) - start_q).to(tl.int32)
+    seq = load_sequence(StartsQ, LengthsQ, StartsK, LengthsK, sequence, CAUSAL)
+    slots_q = (tl.load(StartsQ + sequence + 1).to(tl.int64) - seq.start_q).to(tl.int32)
     first_row = tile * BLOCK_M
     if first_row >= slots_q:
         return
-    start_k = tl.load(StartsK + sequence).to(tl.int64)
-    length_q = tl.load(LengthsQ + sequence).to(tl.int32)
-    length_k = tl.load(LengthsK + sequence).to(tl.int32)
-    shift = 0
-    if CAUSAL:
-        shift = length_k - length_q
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     DROPOUT: tl.constexpr = Seed is not None
 
@@ -306,31 +379,35 @@ def attention_forward(
     offs_dv = tl.arange(0, BLOCK_DV)
     local_rows = first_row + offs_m
     rows = local_rows[:, None]
-    first_token = start_q + first_row
+    first_token = seq.start_q + first_row
+    length_q = seq.length_q
     Q += first_token * stride_qn * UNIT + head.to(tl.int64) * stride_qh * UNIT
-    K += start_k * stride_kn * UNIT + (head // GROUP).to(tl.int64) * stride_kh * UNIT
-    V += start_k * stride_vn * UNIT + (head // GROUP).to(tl.int64) * stride_vh * UNIT
+    K += seq.start_k * stride_kn * UNIT + (head // GROUP).to(tl.int64) * stride_kh * UNIT
+    V += seq.start_k * stride_vn * UNIT + (head // GROUP).to(tl.int64) * stride_vh * UNIT
     if BIAS != NO_BIAS:
         Bias += sequence.to(tl.int64) * stride_bias_batch + head.to(tl.int64) * stride_bias_head
     row_keys = rows
     if DROPOUT:
         row_keys = dropout_row_keys(Seed, sequence, head, rows)
-    length_k = tl.where(first_row < length_q, length_k, 0)  # a tile of padding visits no key, and writes its zeros
-    q = load_rows(Q, offs_m, length_q - first_row, stride_qn * UNIT, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
+    length_k = tl.where(first_row < length_q, seq.length_k, 0)  # a tile of padding visits no key and writes its zeros
+    q = load_rows(  # [BLOCK_M, BLOCK_D]
+        Q, offs_m, length_q - first_row, stride_qn * UNIT, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D
+    )
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     last_row = tl.minimum(first_row + BLOCK_M, length_q) - 1
-    low, full, high = key_range(first_row, last_row, shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+    low, full, high = key_range(first_row, last_row, seq.shift, length_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
     # A second copy of the loop, without masks, where that is most of the work; else it would only cost compile time.
     SPLIT: tl.constexpr = not (HAS_LEFT or DROPOUT or BIAS == DENSE)
     for part in tl.static_range(0, 2 if SPLIT else 1):
         acc, total, top = _forward_tiles(
-            acc, total, top, low if part == 0 else full, full if SPLIT and part == 0 else high,
-            q, K, V, rows, first_row, row_keys, length_q, length_k, shift, left, right, scale, softcap,
-            Bias, start_q, start_k, reach, MapQ, MapK, stride_bias_row, stride_bias_column, threshold,
-            stride_kn * UNIT, stride_vn * UNIT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            acc, total, top, low if part == 0 else full, full if SPLIT and part == 0 else high, q,
+            KeyRows(K, V, stride_kn * UNIT, stride_vn * UNIT), rows, first_row,
+            Sequence(seq.start_q, seq.start_k, length_q, length_k, seq.shift), Scoring(left, right, scale, softcap),
+            BiasRows(Bias, MapQ, MapK, reach, stride_bias_row, stride_bias_column),
+            Dropout(row_keys, threshold, keep_scale), HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
             part == 1 or not SPLIT, HAS_LEFT, HAS_RIGHT, SOFTCAP, BIAS, DROPOUT, EXACT,
         )  # fmt: skip
 

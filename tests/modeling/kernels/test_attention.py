@@ -27,7 +27,7 @@ from urform.modeling.kernels.attention_dispatch import attention, attention_back
 from urform.modeling.kernels.attention_layouts import Layout
 from urform.modeling.kernels.blockwise.attention_buckets import Limits
 
-BACKENDS = [name for name in attention_backends() if name != "triton"]  # which has tests of its own
+BACKENDS = [name for name in attention_backends() if name not in ("triton", "varlen")]  # which have tests of their own
 BIASES = [None, "alibi", "t5", "t5-causal", "relative", "dense", "dense-inf", "dense-2d"]
 MASKS = ["none", "left", "right", "holes", "empty-row"]
 WINDOWS = [None, (2, 1), (0, None), (-1, 2), (3, 0)]
@@ -262,7 +262,7 @@ def small_blocks() -> Iterator[None]:
 def lone_sequences() -> Iterator[None]:
     """Let the sdpa backend give every packed sequence a call of its own, as it does with long ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_sdpa, "ALONE", 0)
+        patch.setattr(attention_sdpa, "LONG_SEQUENCES", 0)
         yield
 
 

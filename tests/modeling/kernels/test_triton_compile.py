@@ -115,6 +115,7 @@ def run_attention(case: Case, length: int = 1000) -> None:
     import torch
 
     from urform import ALiBi, DenseBias, Layout, RelativeBias
+    from urform.modeling.kernels.attention_settings import AttentionSettings
     from urform.modeling.kernels.triton import attention_triton
 
     attention_triton._check_served = lambda q, v: None  # these CPU tensors stand for a GPU's
@@ -130,11 +131,11 @@ def run_attention(case: Case, length: int = 1000) -> None:
         "dense": lambda: DenseBias(torch.zeros(1, 8, length + 1, length + 5, dtype=dtype, requires_grad=True)),
     }.get(str(case.get("bias")), lambda: None)()
     dropout = case.get("dropout", 0.0)
-    out, _lse = attention_triton.triton_attention(
-        q, k, v, q_layout, kv_layout, causal=case.get("causal", False), window=case.get("window"), bias=bias,
-        softcap=case.get("softcap") or None, scale=dim**-0.5, dropout_p=dropout, seed=1 if dropout else None,
-        return_lse=False,
+    settings = AttentionSettings(
+        case.get("causal", False), case.get("window"), bias, case.get("softcap") or None, dim**-0.5, dropout,
+        1 if dropout else None,
     )  # fmt: skip
+    out, _lse = attention_triton.triton_attention(q, k, v, q_layout, kv_layout, settings)
     out.backward(torch.zeros_like(out))
 
 

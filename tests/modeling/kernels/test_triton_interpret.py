@@ -27,6 +27,7 @@ from torch import Tensor
 
 from urform.modeling.kernels.attention_biases import ALiBi, Bias, DenseBias, RelativeBias, T5Bias
 from urform.modeling.kernels.attention_layouts import Layout
+from urform.modeling.kernels.attention_settings import AttentionSettings
 
 # In the ordinary process ---------------------------------------------------------------------------------------------
 
@@ -65,10 +66,7 @@ def test_cpu_tensors_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
     q = torch.randn(1, 4, 2, 16)
     layout = Layout.full(1, 4)
     with pytest.raises(ValueError, match=r"backend='triton' needs"):
-        attention_triton.triton_attention(
-            q, q, q, layout, layout, causal=False, window=None, bias=None, softcap=None, scale=1.0, dropout_p=0.0,
-            seed=None, return_lse=False,
-        )  # fmt: skip
+        attention_triton.triton_attention(q, q, q, layout, layout, AttentionSettings())
 
 
 # The float64 implementation ------------------------------------------------------------------------------------------
@@ -218,12 +216,11 @@ def ours(q: Tensor, k: Tensor, v: Tensor, case: Case, bias: Bias | None, **chang
     """The backend, on flat tensors that are brought into the case's layouts; out and lse come back flat."""
     from urform.modeling.kernels.triton.attention_triton import triton_attention
 
-    options = {
-        "causal": False, "window": None, "softcap": None, "scale": q.shape[-1] ** -0.5, "dropout_p": 0.0, "seed": None,
-        **case.options, **changes,
-    }  # fmt: skip
+    options = {"scale": q.shape[-1] ** -0.5, **case.options, **changes}
+    settings = AttentionSettings(bias=bias, return_lse=True, **options)
     q, k, v = (x.unflatten(0, side.shape) for x, side in zip((q, k, v), _sides(case), strict=True))
-    out, lse = triton_attention(q, k, v, case.q_side.layout, case.kv_side.layout, bias=bias, return_lse=True, **options)
+    out, lse = triton_attention(q, k, v, case.q_side.layout, case.kv_side.layout, settings)
+    assert lse is not None
     if len(case.q_side.shape) == 1:
         return out, lse.transpose(0, 1)
     return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
@@ -628,10 +625,8 @@ def interpreted_operator_exports() -> None:
         def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
             from urform.modeling.kernels.triton.attention_triton import triton_attention
 
-            return triton_attention(
-                q, k, v, Layout.padded(mask), Layout.padded(mask), causal=True, window=None, bias=None, softcap=None,
-                scale=0.25, dropout_p=0.0, seed=None, return_lse=False,
-            )[0]  # fmt: skip
+            settings = AttentionSettings(causal=True, scale=0.25)
+            return triton_attention(q, k, v, Layout.padded(mask), Layout.padded(mask), settings)[0]
 
     q, k, v = (torch.randn(2, 24, 2, 16) for _ in range(3))
     mask = torch.rand(2, 24) < 0.7
@@ -667,6 +662,18 @@ def interpreted_operator_gives_only_the_gradients_asked_for() -> None:
     assert q.grad is not None and q.grad.isfinite().all()
 
 
+def interpreted_operator_passes_its_proof() -> None:
+    """`attention(backend="triton")` asks for it here as on a GPU."""
+    from urform.modeling.kernels import attention_proof
+    from urform.modeling.kernels.attention_dispatch import attention
+
+    x = torch.randn(1, 20, 2, 16)
+    out = attention(x, x, x, backend="triton")
+    assert attention_proof.OUTCOMES == {("triton", "cpu", None): ""}
+    assert isinstance(out, Tensor)
+    torch.testing.assert_close(out, attention(x, x, x, backend="reference"))
+
+
 def interpreted_operator_refuses_by_name() -> None:
     from urform.modeling.kernels.triton.attention_triton import attention_triton_fwd, triton_attention
 
@@ -679,10 +686,6 @@ def interpreted_operator_refuses_by_name() -> None:
         torch.func.vmap(lambda x: attention_triton_fwd(x, k, v, *rest)[0])(torch.randn(2, 20, 2, 16))
 
     layout = Layout.full(1, 20)
-    options: dict[str, Any] = {
-        "causal": False, "window": None, "bias": None, "softcap": None, "scale": 1.0, "dropout_p": 0.0, "seed": None,
-        "return_lse": False,
-    }  # fmt: skip
     for x, message in ((torch.randn(1, 20, 2, 264), "head dims up to 256"), (torch.randn(1, 20, 2, 16).double(), "64")):
         with pytest.raises(ValueError, match=message):
-            triton_attention(x, x, x, layout, layout, **options)
+            triton_attention(x, x, x, layout, layout, AttentionSettings())
