@@ -11,11 +11,12 @@ DEV_STAMP := $(VENV)/.dev-installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest test-oldest test-tools lint types format bench constraints clean
+.PHONY: help demo test test-all test-newest test-oldest test-tools quick lint complexity types format bench constraints clean
 
 help:
 	@echo "make demo [ARGS=...]  train a small translator and try it      make test      the tests"
-	@echo "make test-all         with the slow ones                       make lint      ruff and mypy"
+	@echo "make quick            one test of each kind, under a minute     make lint      ruff, radon and mypy"
+	@echo "make test-all         the slow ones too"
 	@echo "make test-newest      on the newest torch and transformers     make test-oldest  on the oldest that are supported"
 	@echo "make test-tools       TRL, PEFT, lm-eval and others, in .venv-tools"
 	@echo "make bench            time kernels, steps, generation          make clean     remove what can be rebuilt"
@@ -38,11 +39,15 @@ demo: $(DEMO_STAMP)
 test: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(ARGS)
 
+# The inner loop: telling tests from every folder of tests/, by name.
+quick: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope @tests/quick.txt $(ARGS)
+
 test-all: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope -m "" $(ARGS)
 
-# Each has a virtual environment of its own and takes what the index has today, without constraints.txt. What
-# pyproject.toml asks for at least is the oldest; the newest may be beyond the tested range, of which urform then warns.
+# Each has a virtual environment of its own and takes what the index has today, without constraints.txt. The oldest are
+# the lower bounds in pyproject.toml. The newest may lie beyond the tested range; urform then warns.
 OLDEST := $(shell sed -nE 's/^    "(torch|transformers)>=([0-9.]+)",$$/\1==\2.*/p' pyproject.toml)
 PIP_NEWEST := .venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade
 PIP_OLDEST := .venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check
@@ -53,9 +58,10 @@ test-newest:
 	PYTHONWARNINGS='ignore:urform is tested with' OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		.venv-newest/bin/python -m pytest -q -n $(JOBS) --dist loadscope $(ARGS)
 
+# Triton 3.6's interpreter calls int() on arrays of one element, which numpy 2.4 refuses.
 test-oldest:
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	$(PIP_OLDEST) -e '.[dev]' $(patsubst %,'%',$(OLDEST))
+	$(PIP_OLDEST) -e '.[dev]' $(patsubst %,'%',$(OLDEST)) 'numpy<2.4'
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		.venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist loadscope $(ARGS)
 
@@ -73,7 +79,10 @@ test-tools: $(TOOLS_VENV)/.installed
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@$(MAKE) --no-print-directory types
+	@$(MAKE) --no-print-directory complexity types
+
+complexity: $(DEV_STAMP)
+	$(BIN)/python tests/support/complexity.py
 
 types: $(DEV_STAMP)
 	@mkdir -p build/types && ln -sfn ../.. build/types/urform

@@ -7,17 +7,14 @@ from typing import Any
 import pytest
 import torch
 from numerics import EPS, assert_within, exact, twice
+from support import WIDE, gradients, make, mask_of
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, Trainer, TrainingArguments, pipeline
 
 import urform
+from urform import UrformConfig
 
 KINDS = ("encoder", "decoder", "encoder-decoder")
-LM_HEADS = {
-    "encoder": urform.UrformForMaskedLM,
-    "decoder": urform.UrformForCausalLM,
-    "encoder-decoder": urform.UrformForConditionalGeneration,
-}
 HEADS = [
     (urform.UrformModel, KINDS),
     (urform.UrformForMaskedLM, KINDS[:1]),
@@ -34,27 +31,18 @@ every_head = pytest.mark.parametrize(("head", "kind"), [(head, kind) for head, k
 every_tying = pytest.mark.parametrize(("share", "tie"), TYINGS)
 
 
-def config(kind: str, **fields: Any) -> urform.UrformConfig:
-    sizes: dict[str, Any] = {
-        "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37,
-        "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "initializer_range": 0.3,
-    }  # fmt: skip
-    return urform.UrformConfig(architecture=kind, **{**sizes, **fields})
-
-
 def build(kind: str, head: type[PreTrainedModel] | None = None, **fields: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return (head or LM_HEADS[kind])(config(kind, **fields)).eval()
+    return make(kind, head, **{**WIDE, **fields})
 
 
 def batch(kind: str, labels: bool = False) -> dict[str, Tensor]:
     """Three rows padded on the right, with targets of other lengths where there are targets."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 99, (3, 7), generator=generator)
-    mask = (torch.arange(7) < torch.tensor([[4], [7], [2]])).long()
+    mask = mask_of((4, 7, 2), "right", 7)
     inputs = {"input_ids": ids * mask, "attention_mask": mask}
     target = torch.randint(3, 99, (3, 5), generator=generator)
-    real = torch.arange(5) < torch.tensor([[5], [1], [3]])
+    real = mask_of((5, 1, 3), "right", 5).bool()
     if labels:
         inputs["labels"] = target.masked_fill(~real, -100)
         if kind != "encoder-decoder":
@@ -62,10 +50,6 @@ def batch(kind: str, labels: bool = False) -> dict[str, Tensor]:
     elif kind == "encoder-decoder":
         inputs.update(decoder_input_ids=target * real, decoder_attention_mask=real.long())
     return inputs
-
-
-def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def trained(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
@@ -270,7 +254,7 @@ def test_exported_by_transformers_and_strictly(head: type[PreTrainedModel], kind
 @torch.no_grad()
 def test_base_model_called_as_a_backend_does(kind: str) -> None:
     """vLLM's way: tuples, own positions, keywords of its own."""
-    model = AutoModel.from_config(config(kind)).eval()
+    model = AutoModel.from_config(UrformConfig.from_preset(f"tiny-{kind}", **WIDE)).eval()
     ids = batch(kind)["input_ids"][1:2]
     inputs: dict[str, Any] = {"input_ids": ids}
     if kind == "encoder-decoder":
@@ -316,7 +300,7 @@ def test_wrong_inputs_are_named(kind: str, inputs: dict[str, Any], message: str)
 )
 def test_head_on_the_wrong_architecture(head: Callable, kind: str) -> None:
     with pytest.raises(ValueError, match=rf"serves architecture .* but config\.architecture='{kind}'"):
-        head(config(kind))
+        head(UrformConfig.from_preset(f"tiny-{kind}", **WIDE))
 
 
 # ---------------------------------------------------------------- pipelines

@@ -8,82 +8,35 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import support
 import torch
 from numerics import assert_within, exact, twice
+from support import HEADS, POSITIONS, WINDOW, batch, gradients
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import urform
-from urform import UrformConfig
 from urform.modeling.kernels import loss_linear_cross_entropy as fused
 from urform.modeling.kernels.blockwise.attention_buckets import Limits
 
-HEADS = {
-    "encoder": "UrformForMaskedLM",
-    "decoder": "UrformForCausalLM",
-    "encoder-decoder": "UrformForConditionalGeneration",
-}
-POSITIONS = ("rope", "sinusoidal", "learned", "alibi", "t5", "none")
 NORMS = ("pre", "post", "sandwich", "parallel")
-WINDOW = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_dropout": 0.2, "activation_dropout": 0.2}
 
 every_architecture = pytest.mark.parametrize("architecture", HEADS)
 
 
-def make(architecture: str, implementation: str | None = None, spread: float = 0.2, **fields: Any) -> Any:
+def make(architecture: str, implementation: str | None = None, **fields: Any) -> Any:
     """A small random model in training mode, every parameter non-zero; the same one for the same arguments."""
-    torch.manual_seed(0)
-    config = UrformConfig.from_preset(f"tiny-{architecture}", **{"hidden_size": 24, **fields})
-    model = getattr(urform, HEADS[architecture])(config).train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, spread)
-    if implementation is not None:
-        model.set_attn_implementation(implementation)
-    return model
-
-
-def masks(lengths: tuple[int, ...], side: str, longest: int) -> Tensor:
-    places = torch.arange(longest)
-    lengths_B1 = torch.tensor(lengths)[:, None]
-    return (places < lengths_B1 if side == "right" else places >= longest - lengths_B1).long()
-
-
-def batch(
-    architecture: str, sides: tuple[str, str] = ("right", "left"), lengths: tuple[int, ...] = (7, 2, 0, 9)
-) -> dict[str, Tensor]:
-    """Rows with padding (a full row of it), differently on source and target, and labels at some real tokens."""
-    generator = torch.Generator().manual_seed(1)
-
-    def side(lengths: tuple[int, ...], where: str) -> tuple[Tensor, Tensor]:
-        mask = masks(lengths, where, max(lengths) + 1)
-        return torch.randint(3, 99, mask.shape, generator=generator), mask
-
-    ids, mask = side(lengths, sides[0])
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if architecture == "encoder-decoder":
-        ids, mask = side(tuple(max(0, n - 2) for n in reversed(lengths)), sides[1])
-        inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-    labels = torch.randint(3, 99, mask.shape, generator=generator).masked_fill(mask == 0, -100)
-    if architecture == "encoder":
-        labels[:, ::2] = -100
-    return {**inputs, "labels": labels}
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
+    return support.make(
+        architecture, implementation=implementation, **{"spread": 0.2, "hidden_size": 24, **fields}
+    ).train()
 
 
 def step(model: Any, inputs: dict[str, Any], seed: int = 3, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
     """Outputs and gradients of a training step."""
     torch.manual_seed(seed)
     outputs = model(**inputs, **kwargs)
-    outputs.loss.backward()
-    return outputs, gradients(model)
+    return outputs, gradients(model, outputs.loss)
 
 
 def close(found: Any, expected: Any, tolerance: float) -> None:
@@ -485,8 +438,7 @@ def test_fused_loss_is_the_loss_of_logits(architecture: str, fields: str, option
             options.get(name, default) for name, default in zip(names, (0, 0, None), strict=True)
         )
         loss = smoothed(logits[:, :-1] if causal else logits, labels, smoothing, z_loss, items)
-        loss.backward()
-        return loss, gradients(model)
+        return loss, gradients(model, loss)
 
     model = make(architecture, **HEAD_FIELDS[fields], **extra)
     outputs, found = step(model, inputs, **options)

@@ -8,6 +8,7 @@ import torch._dynamo.testing
 import transformers
 from numerics import assert_within, twice
 from packaging.version import Version
+from support import WIDE, make
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
@@ -37,14 +38,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 def build(kind: str, position: str = "rope", **fields: Any) -> PreTrainedModel:
     """A tiny model whose next token is not decided by chance: weights far from zero."""
-    torch.manual_seed(0)
-    config = urform.UrformConfig(
-        architecture=kind, vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=37, max_position_embeddings=64, hidden_dropout_prob=0.0, initializer_range=0.3,
-        **{**POSITIONS[position], **fields},
-    )  # fmt: skip
-    head = urform.UrformForCausalLM if kind == "decoder" else urform.UrformForConditionalGeneration
-    return head(config).eval()
+    return make(kind, **{**WIDE, **POSITIONS[position], **fields})
 
 
 def padded(left: bool = True) -> tuple[Tensor, Tensor]:

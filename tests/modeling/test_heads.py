@@ -7,10 +7,9 @@ import pytest
 import torch
 import transformers
 from numerics import assert_within, exact, twice
+from support import make
 from torch import Tensor
 
-import urform
-from urform import UrformConfig
 from urform.configuration.heads_urform import HEADS
 
 CASES = [
@@ -21,10 +20,8 @@ CASES = [
 ]
 
 
-def make(head: str, architecture: str, **fields: Any) -> Any:
-    torch.manual_seed(0)
-    fields = {"num_labels": 3, "hidden_size": 24, **fields}
-    return getattr(urform, head)(UrformConfig.from_preset(f"tiny-{architecture}", **fields))
+def build(head: str, architecture: str, **fields: Any) -> Any:
+    return make(architecture, head, **{"num_labels": 3, "hidden_size": 24, **fields})
 
 
 def batch(head: str) -> dict[str, Tensor]:
@@ -73,7 +70,7 @@ def items(head: str, outputs: Any, inputs: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize(("auto", "head", "architecture"), CASES, ids=lambda x: x.replace("UrformFor", ""))
 def test_loss_learning_and_saving(auto: str, head: str, architecture: str, tmp_path: Path) -> None:
     """The loss is its formula's mean, `num_items_in_batch` divides its sum, it falls, and a saved model is the same."""
-    model, inputs = make(head, architecture).eval(), batch(head)
+    model, inputs = build(head, architecture).eval(), batch(head)
     outputs = model(**inputs)
     terms = twice(model, lambda m: items(head, m(**inputs), inputs))
     assert_within(outputs.loss, *(t.mean() for t in terms))
@@ -106,7 +103,7 @@ def test_loss_learning_and_saving(auto: str, head: str, architecture: str, tmp_p
 @pytest.mark.parametrize("pooling", [None, "first", "last", "mean"])
 def test_classifier_reads_real_tokens(architecture: str, pooling: str | None) -> None:
     """Left padding, right padding and none give the same class scores, from ids and from embeddings."""
-    model = make("UrformForSequenceClassification", architecture, classifier_pooling=pooling).eval()
+    model = build("UrformForSequenceClassification", architecture, classifier_pooling=pooling).eval()
     ids = torch.randint(3, 99, (1, 5))
     with torch.no_grad():
         want = twice(model, lambda m: m(input_ids=ids).logits)
@@ -127,7 +124,7 @@ def test_classifier_reads_real_tokens(architecture: str, pooling: str | None) ->
 )
 def test_classifier_losses_under_accumulation(labels: Tensor, kind: str) -> None:
     """Regression and several labels: two halves with the number of items of the whole add up to the whole."""
-    model = make("UrformForSequenceClassification", "encoder", num_labels=1 if kind == "regression" else 3).eval()
+    model = build("UrformForSequenceClassification", "encoder", num_labels=1 if kind == "regression" else 3).eval()
     inputs = {key: value for key, value in batch("UrformForSequenceClassification").items() if key != "labels"}
     whole = model(**inputs, labels=labels).loss, exact(model)(**inputs, labels=labels.double()).loss
     halves = 0.0
@@ -139,7 +136,7 @@ def test_classifier_losses_under_accumulation(labels: Tensor, kind: str) -> None
 
 def test_left_padded_labels_are_the_labels() -> None:
     """A collator that pads targets on the left trains on the same loss."""
-    model = make("UrformForConditionalGeneration", "encoder-decoder").eval()
+    model = build("UrformForConditionalGeneration", "encoder-decoder").eval()
     ids, labels = torch.randint(3, 99, (1, 6)), torch.randint(3, 99, (1, 4))
     want = twice(model, lambda m: m(input_ids=ids, labels=labels).loss)
     left = torch.nn.functional.pad(labels, (3, 0), value=-100)
@@ -148,7 +145,7 @@ def test_left_padded_labels_are_the_labels() -> None:
 
 def test_encoder_model_reads_a_translator(tmp_path: Path) -> None:
     """AutoModelForTextEncoding takes the encoder out of an encoder-decoder, and says nothing is missing."""
-    model = make("UrformForConditionalGeneration", "encoder-decoder").eval()
+    model = build("UrformForConditionalGeneration", "encoder-decoder").eval()
     model.save_pretrained(tmp_path)
     encoder, info = transformers.AutoModelForTextEncoding.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]

@@ -8,40 +8,18 @@ from typing import Any
 import pytest
 import torch
 from numerics import assert_within, exact
+from support import HEADS, POSITIONS, WINDOW, documents, make, pack, pad
 from torch import Tensor
 
-import urform
-from urform import UrformConfig
-
-ARCHITECTURES = {
-    "encoder": "UrformForMaskedLM",
-    "decoder": "UrformForCausalLM",
-    "encoder-decoder": "UrformForConditionalGeneration",
-}
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "urform")
-POSITIONS = ("rope", "sinusoidal", "learned", "alibi", "t5", "none")
 LENGTHS = (5, 1, 9, 3)
 TARGET_LENGTHS = (2, 7, 4, 1)
-WINDOW = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
 
 
-def make(architecture: str, implementation: str = "sdpa", **fields: Any) -> Any:
-    """A small random model in eval mode, every parameter non-zero."""
-    torch.manual_seed(0)
-    config = UrformConfig.from_preset(
-        f"tiny-{architecture}", hidden_size=24, num_key_value_heads=2, attention_dropout=0.0, **fields
-    )
-    config._attn_implementation = implementation
-    model = getattr(urform, ARCHITECTURES[architecture])(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.3)
-    return model
-
-
-def documents(lengths: tuple[int, ...], seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 99, (n,), generator=generator) for n in lengths]
+def build(architecture: str, implementation: str = "sdpa", **fields: Any) -> Any:
+    """A model with grouped queries and every parameter non-zero."""
+    sizes = {"hidden_size": 24, "num_key_value_heads": 2, "attention_dropout": 0.0}
+    return make(architecture, implementation=implementation, spread=0.3, **sizes, **fields)
 
 
 def alone(model: Any, sources: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
@@ -60,16 +38,6 @@ def alone_in_both(model: Any, sources: list[Tensor], targets: list[Tensor]) -> l
     return list(zip(alone(model, sources, targets), alone(eager, sources, targets), strict=True))
 
 
-def pad(rows: list[Tensor], side: str, longest: int | None = None) -> tuple[Tensor, Tensor]:
-    """Rows padded with a token that would change the result if it were seen; and the mask."""
-    longest = longest or max(map(len, rows))
-    ids, mask = torch.full((len(rows), longest), 7), torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        part = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-        ids[i, part], mask[i, part] = row, 1
-    return ids, mask
-
-
 CASES = [("rope", i, {}) for i in IMPLEMENTATIONS]
 CASES += [(p, i, {}) for p in POSITIONS[1:] for i in ("eager", "sdpa")]
 CASES += [("t5", "flex_attention", {}), ("alibi", "urform", {}), ("t5", "urform", {})]
@@ -85,11 +53,11 @@ def fields_of(case: tuple[str, str, dict[str, Any]], architecture: str) -> dict[
     return {"position_encoding": case[0], **case[2]}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", HEADS)
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_padded_row_is_the_row_alone(architecture: str, case: tuple[str, str, dict[str, Any]]) -> None:
     """Padding on either side of source and target, differently on the two, and beyond the longest row."""
-    model = make(architecture, case[1], **fields_of(case, architecture))
+    model = build(architecture, case[1], **fields_of(case, architecture))
     sources, targets = documents(LENGTHS, 1), documents(TARGET_LENGTHS, 2)
     with torch.no_grad():
         want = alone_in_both(model, sources, targets)
@@ -109,13 +77,7 @@ def test_padded_row_is_the_row_alone(architecture: str, case: tuple[str, str, di
 
 
 def packed_inputs(model: Any, sources: list[Tensor], targets: list[Tensor], how: str) -> dict[str, Any]:
-    def lay(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        lengths = torch.tensor([len(row) for row in rows])
-        positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
-        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        return torch.cat(rows)[None], positions[None], ends
-
-    ids, positions, ends = lay(sources)
+    ids, positions, ends = pack(sources)
     inputs: dict[str, Any] = {"input_ids": ids}
     if how in ("position_ids", "position_ids and a mask of ones"):
         inputs["position_ids"] = positions
@@ -125,7 +87,7 @@ def packed_inputs(model: Any, sources: list[Tensor], targets: list[Tensor], how:
         longest = max(map(len, sources))
         inputs.update(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
     if model.config.is_encoder_decoder:
-        ids, positions, target_ends = lay(targets)
+        ids, positions, target_ends = pack(targets)
         inputs["decoder_input_ids"] = ids
         if "cu_seq_lens_q" in inputs:
             inputs.update(cu_seq_lens_q=target_ends, max_length_q=max(map(len, targets)))
@@ -134,11 +96,11 @@ def packed_inputs(model: Any, sources: list[Tensor], targets: list[Tensor], how:
     return inputs
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", HEADS)
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_packed_documents_are_the_documents_alone(architecture: str, case: tuple[str, str, dict[str, Any]]) -> None:
     """By `position_ids`, also beside a mask of ones and with a cache, and by `cu_seq_lens_*`."""
-    model = make(architecture, case[1], **fields_of(case, architecture))
+    model = build(architecture, case[1], **fields_of(case, architecture))
     sources, targets = documents(LENGTHS, 3), documents(TARGET_LENGTHS, 4)
     with torch.no_grad():
         want = [torch.cat(logits) for logits in zip(*alone_in_both(model, sources, targets), strict=True)]
@@ -150,10 +112,10 @@ def test_packed_documents_are_the_documents_alone(architecture: str, case: tuple
                 assert_within(model(**inputs).logits[0], *want)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", HEADS)
 def test_several_packed_rows_with_padding(architecture: str) -> None:
     """Two packed rows of different length in one batch: `position_ids` and a padding mask together."""
-    model = make(architecture)
+    model = build(architecture)
     rows = [(documents((4, 2, 5), 5), documents((3, 1, 2), 6)), (documents((3, 2, 1), 7), documents((2, 2, 4), 8))]
     packed = [packed_inputs(model, sources, targets, "position_ids") for sources, targets in rows]
     inputs = {}
@@ -168,11 +130,11 @@ def test_several_packed_rows_with_padding(architecture: str) -> None:
             assert_within(row[: len(want[0])], *want)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", HEADS)
 @pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if i != "flex_attention"])
 def test_fully_padded_row_leaves_finite_numbers(architecture: str, implementation: str) -> None:
     """Values and gradients stay finite, and the other rows do not notice."""
-    model = make(architecture, implementation)
+    model = build(architecture, implementation)
     sources, targets = documents((4, 6), 9), documents((3, 5), 10)
     ids, mask = pad([*sources, torch.tensor([], dtype=torch.long)], "right")
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -189,10 +151,10 @@ def test_fully_padded_row_leaves_finite_numbers(architecture: str, implementatio
         assert_within(part, reference, truth)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", HEADS)
 def test_gradients_do_not_cross_documents_or_padding(architecture: str) -> None:
     """The loss of one document moves no embedding of another, and no embedding of padding."""
-    model = make(architecture)
+    model = build(architecture)
     sources, targets = documents(LENGTHS, 11), documents(TARGET_LENGTHS, 12)
     inputs = packed_inputs(model, sources, targets, "position_ids")
     embeds = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
@@ -209,7 +171,7 @@ def test_gradients_do_not_cross_documents_or_padding(architecture: str) -> None:
 
 def test_packed_sides_that_disagree_are_refused() -> None:
     """Three targets for four sources would silently pair the wrong ones."""
-    model = make("encoder-decoder")
+    model = build("encoder-decoder")
     inputs = packed_inputs(model, documents(LENGTHS, 13), documents(LENGTHS[:3], 14), "position_ids")
     with pytest.raises(ValueError, match=r"3.* targets but .*4.* sources"):
         model(**inputs)
@@ -223,16 +185,16 @@ def test_packed_sides_that_disagree_are_refused() -> None:
         model(**inputs)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", HEADS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_close(architecture: str, dtype: torch.dtype) -> None:
     """Error against float64 at most twice that of eager attention in the same precision (plus rounding)."""
     sources, targets = documents(LENGTHS, 15), documents(TARGET_LENGTHS, 16)
     with torch.no_grad():
-        truth = torch.cat(alone(make(architecture, "eager").double(), sources, targets))
+        truth = torch.cat(alone(build(architecture, "eager").double(), sources, targets))
         errors = {}
         for implementation in ("eager", "sdpa", "urform"):
-            out = torch.cat(alone(make(architecture, implementation).to(dtype), sources, targets))
+            out = torch.cat(alone(build(architecture, implementation).to(dtype), sources, targets))
             errors[implementation] = (out.double() - truth).abs().max().item()
     floor = truth.abs().max().item() * torch.finfo(dtype).eps
     assert errors["sdpa"] <= 2 * errors["eager"] + floor

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_within, twice
 from safetensors.torch import load_file, save_file
+from support import gradients
 from toy_training import WORDS, losses, toy_recipe
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -286,10 +287,6 @@ def cross_entropies(logits: torch.Tensor, labels: torch.Tensor, smoothing: float
         torch.nn.functional.cross_entropy(x.flatten(0, 1), labels.flatten(), label_smoothing=smoothing)
         for x in (logits.detach(), logits.detach().double())
     ]
-
-
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("head", ["UrformForConditionalGeneration", "UrformForCausalLM", "UrformForMaskedLM"])
