@@ -51,7 +51,7 @@ _LARGEST_FILE = 5 * 10**9  # bytes, as in huggingface_hub: a file is in memory u
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def find_folder(source: str | os.PathLike, **hub: Any) -> Path:
+def find_folder(source: str | os.PathLike[str], **hub: Any) -> Path:
     """Return the folder of a checkpoint: itself, or the cached files of a Hub id (safetensors, small files, no code).
 
     Args:
@@ -176,7 +176,9 @@ def _prepare(folder: Path, family: str | None) -> tuple[Conversion, Shards, bool
     return conversion, shards, True
 
 
-def load_stock(source: str | os.PathLike, *, dtype: torch.dtype | str | None = None, **hub: Any) -> PreTrainedModel:
+def load_stock(
+    source: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None, **hub: Any
+) -> PreTrainedModel:
     """Return the Urform model of a stock checkpoint, in eval mode.
 
     Args:
@@ -295,7 +297,7 @@ def _carry_files(source: Path, target: Path) -> None:
 
 
 def convert_checkpoint(
-    source: str | os.PathLike, target: str | os.PathLike, family: str | None = None, **hub: Any
+    source: str | os.PathLike[str], target: str | os.PathLike[str], family: str | None = None, **hub: Any
 ) -> Path:
     """Convert a checkpoint of a stock class to Urform, or one of Urform to a stock class. Return the target.
 

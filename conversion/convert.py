@@ -13,7 +13,7 @@ from .checkpoints import load_stock
 from .engine import assemble, prepare_from, prepare_to
 
 
-def from_transformers(model: PreTrainedModel | str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+def from_transformers(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """Return a Urform model that computes what a stock model computes, with the same weights.
 
     Args:
@@ -66,4 +66,5 @@ def _carry(source: PreTrainedModel, target: Any) -> PreTrainedModel:
     if target.can_generate() and source.can_generate():
         target.generation_config = copy.deepcopy(source.generation_config)
     target.config._name_or_path = source.config._name_or_path
-    return target.to(source.device).train(source.training)
+    moved: PreTrainedModel = target.to(source.device)
+    return moved.train(source.training)

@@ -151,7 +151,7 @@ def prepare_to(config: UrformConfig, name: str, family: str | None) -> Conversio
     return Conversion(found, head, config, stock, steps, ours, theirs)
 
 
-def _places(kept: Mapping[str, list], prefix: str, whole: Side) -> dict[str, str]:
+def _places(kept: Mapping[str, list[Any]], prefix: str, whole: Side) -> dict[str, str]:
     """Return {name in the class, or in the checkpoint where the class has none: name in `source_weights`}."""
     places = {}
     for name, (_, shape) in kept.items():

@@ -19,7 +19,8 @@ from .engine import Conversion, assemble, empty
 from .family import PARTS, Family, Head, Rule, modules
 from .tensors import Side, plan
 
-_ACTIVATIONS: dict[Callable, str] = {
+_Stack = nn.TransformerEncoder | nn.TransformerDecoder
+_ACTIVATIONS: dict[Callable[..., Tensor], str] = {
     functional.relu: "relu",
     torch.relu: "relu",
     functional.gelu: "gelu",
@@ -65,7 +66,7 @@ def _layers(stack: Any) -> list[Any]:
     return list(stack.layers)
 
 
-def _facts(stack: nn.Module) -> Iterator[tuple[str, Any]]:
+def _facts(stack: _Stack) -> Iterator[tuple[str, Any]]:
     """Yield what each module of a stack says, as (field of the config, value)."""
     final = stack.norm
     yield "final_norm", final is not None
@@ -134,7 +135,7 @@ def _table(positions: nn.Embedding | Tensor, width: int, name: str) -> Tensor:
     return table.reshape(kept)
 
 
-def _position_tables(stacks: dict[str, nn.Module], width: int, positions: Any, of_target: Any) -> dict[str, Tensor]:
+def _position_tables(stacks: dict[str, _Stack], width: int, positions: Any, of_target: Any) -> dict[str, Tensor]:
     """Return the learned table of each stack, all of one length; an empty dict if there are none."""
     if positions is None or isinstance(positions, str):
         if of_target is not None or positions not in (None, "sinusoidal"):
@@ -159,7 +160,7 @@ def _embedding(module: nn.Embedding, width: int, name: str) -> nn.Embedding:
     return module
 
 
-def _stacks(module: nn.Module, causal: bool) -> dict[str, nn.Module]:
+def _stacks(module: nn.Module, causal: bool) -> dict[str, _Stack]:
     """Return the stacks of a module by our names."""
     if isinstance(module, nn.Transformer):
         _check_stack(module.encoder, "encoder", nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -180,7 +181,7 @@ def _stacks(module: nn.Module, causal: bool) -> dict[str, nn.Module]:
     return {"decoder" if causal else "encoder": module}
 
 
-def _head(stacks: dict[str, nn.Module], output: nn.Linear | None, vocab_size: int) -> tuple[str, str]:
+def _head(stacks: dict[str, _Stack], output: nn.Linear | None, vocab_size: int) -> tuple[str, str]:
     """Return our class for an output layer, and the name of that layer in it."""
     if output is None:
         return "UrformModel", ""
@@ -265,7 +266,7 @@ _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "initializer": "xavier
 
 
 def _token_tables(
-    stacks: dict[str, nn.Module], width: int, embeddings: nn.Embedding, of_target: nn.Embedding | None
+    stacks: dict[str, _Stack], width: int, embeddings: nn.Embedding, of_target: nn.Embedding | None
 ) -> dict[str, nn.Embedding]:
     """Return the tokens' embeddings of each stack."""
     tables = dict.fromkeys(stacks, _embedding(embeddings, width, "embeddings"))
@@ -274,9 +275,7 @@ def _token_tables(
     return tables
 
 
-def _read_config(
-    stacks: dict[str, nn.Module], tables: dict[str, nn.Embedding], named: dict[str, Any]
-) -> dict[str, Any]:
+def _read_config(stacks: dict[str, _Stack], tables: dict[str, nn.Embedding], named: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that stacks and embeddings say; `named` are those that the caller says."""
     own = ("num_attention_heads", "intermediate_size")
     shared = ((name, value) for stack in stacks.values() for name, value in _facts(stack) if name not in own)
@@ -330,7 +329,7 @@ def _read_output(output: nn.Linear, place: str, tables: dict[str, nn.Embedding])
 
 
 def _named_tensors(
-    stacks: dict[str, nn.Module], tables: dict[str, nn.Embedding], position_tables: dict[str, Tensor]
+    stacks: dict[str, _Stack], tables: dict[str, nn.Embedding], position_tables: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the tensors of stacks and tables, by the names that `_layer_rules` has for them."""
     state = {f"{side}.{name}": tensor for side, stack in stacks.items() for name, tensor in stack.state_dict().items()}
@@ -343,7 +342,7 @@ def _build(
     name: str,
     config: UrformConfig,
     state: dict[str, Tensor],
-    stacks: dict[str, nn.Module],
+    stacks: dict[str, _Stack],
     place: str,
 ) -> PreTrainedModel:
     """Return the model of that class and config, with the tensors of `state`."""

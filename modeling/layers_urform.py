@@ -10,7 +10,7 @@ Shapes: B batch, L queries, S keys, H heads, G key/value heads, D head dim, E hi
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,14 +121,15 @@ class UrformRotaryEmbedding(nn.Module):
     """
 
     inv_freq: Tensor
+    original_inv_freq: Tensor
 
     def __init__(self, config: UrformConfig, layer_type: str = "full_attention"):
         super().__init__()
         if config.rope_is_per_layer_type:  # transformers' functions then see the flat form
             config = copy.deepcopy(config)
-            config.rope_parameters = config.rope_parameters[layer_type]
+            config.rope_parameters = self.rope_of(config)[layer_type]
         self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
+        self.rope_type = self.rope_of(config)["rope_type"]
         self.frequencies = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
         self.depends_on_length = self.rope_type in ("dynamic", "longrope")
         inv_freq, self.attention_scaling = self.frequencies(config)
@@ -136,13 +137,19 @@ class UrformRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
+    def rope_of(config: UrformConfig) -> dict[str, Any]:
+        """Return the config's, which a model with rotary positions always has."""
+        return cast(dict[str, Any], config.rope_parameters)
+
+    @staticmethod
     def compute_default_rope_parameters(config: UrformConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
         """Return inverse frequencies of the unscaled form, over the rotated part of the head."""
-        size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        rope = UrformRotaryEmbedding.rope_of(config)
+        size = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
         exponent = torch.arange(0, size, 2, dtype=torch.int64).float() / size
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
+        return 1.0 / rope["rope_theta"] ** exponent, 1.0
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
         """Move to a device as PyTorch does, but keep the dtype: another one would round the frequencies."""
         exact = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
         super()._apply(fn, recurse)
@@ -156,7 +163,7 @@ class UrformRotaryEmbedding(nn.Module):
         """Return inverse frequencies `[B, L, R / 2]` of tokens whose sequences have these `lengths` `[B, L]`."""
         device = lengths.device
         if self.rope_type == "longrope":
-            longest = self.config.rope_parameters["original_max_position_embeddings"]
+            longest = self.rope_of(self.config)["original_max_position_embeddings"]
             extended, _ = self.frequencies(self.config, device, seq_len=longest + 1)
             return torch.where(lengths[..., None] > longest, extended, self.original_inv_freq.to(device))
         scaled, _ = self.frequencies(self.config, device, seq_len=lengths[..., None])
@@ -208,7 +215,7 @@ class UrformPositionBias(nn.Module):
         self.table = None
         if config.position_encoding == "t5":
             self.table = nn.Embedding(config.relative_attention_num_buckets, self.num_heads)
-            self.table._init_std = config.hidden_size**-0.5 if config.initializer == "t5" else None
+            self.table._init_std = config.hidden_size**-0.5 if config.initializer == "t5" else None  # type: ignore[assignment]
 
     def bias(self, device: torch.device) -> ALiBi | T5Bias:
         """Return the bias as an object, as `attention()` takes it."""
@@ -224,7 +231,7 @@ class UrformPositionBias(nn.Module):
         return self.bias(query_positions.device).dense(query_positions, key_positions).to(dtype)
 
 
-def eager_attention_forward(
+def eager_attention_forward(  # noqa: PLR0913  # transformers' attention interface
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -300,8 +307,9 @@ class UrformAttention(nn.Module):
         self.softcap = config.attn_logit_softcapping
         sliding = not is_cross_attention and sizes.layer_types[layer_idx] == "sliding_attention"
         # The library's two-sided masks reach `sliding_window` keys to each side, its kernels count the query's own too.
-        self.sliding_window = config.sliding_window + (not is_decoder) if sliding else None
-        self.window = (self.sliding_window - 1, self.sliding_window - 1) if sliding else None
+        reach = config.sliding_window if sliding else None
+        self.sliding_window = None if reach is None else reach + (not is_decoder)
+        self.window = None if self.sliding_window is None else (self.sliding_window - 1, self.sliding_window - 1)
 
         self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=config.attention_bias)
@@ -311,7 +319,7 @@ class UrformAttention(nn.Module):
         self.q_norm = UrformRMSNorm(width, config.norm_eps, config.norm_offset) if config.qk_norm else None
         self.k_norm = UrformRMSNorm(width, config.norm_eps, config.norm_offset) if config.qk_norm else None
         if config.initializer == "gpt2":
-            self.o_proj._init_std = config.initializer_range / math.sqrt(2 * sizes.num_hidden_layers)
+            self.o_proj._init_std = config.initializer_range / math.sqrt(2 * sizes.num_hidden_layers)  # type: ignore[assignment]
         elif config.initializer == "t5":
             self.q_proj._init_std = (config.hidden_size * width) ** -0.5
             self.k_proj._init_std = self.v_proj._init_std = config.hidden_size**-0.5
@@ -345,7 +353,8 @@ class UrformAttention(nn.Module):
         else:
             q, k, v = (x[0].transpose(0, 1) if how.packed else x.transpose(1, 2) for x in (query, key, value))
             bias = DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias
-            output, weights = (
+            output = cast(
+                Tensor,
                 attention(
                     q,
                     k,
@@ -359,8 +368,8 @@ class UrformAttention(nn.Module):
                     scale=self.scaling,
                     dropout_p=self.dropout if self.training else 0.0,
                 ),
-                None,
             )
+            weights = None
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
     def keys_values(
@@ -383,7 +392,7 @@ class UrformAttention(nn.Module):
         if not isinstance(cache, EncoderDecoderCache):
             return self.keys_values(cast_once(states), None, cache)
         if cache.is_updated.get(self.layer_idx):
-            held = cache.cross_attention_cache.layers[self.layer_idx]
+            held: Any = cache.cross_attention_cache.layers[self.layer_idx]
             return held.keys, held.values
         cache.is_updated[self.layer_idx] = True
         return self.keys_values(cast_once(states), None, cache.cross_attention_cache)
@@ -392,7 +401,10 @@ class UrformAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, how: ByMask, position_bias: Tensor | Bias | None
     ) -> tuple[Tensor, Tensor | None]:
         """Call an attention function of transformers on `[B, H, L, D]`; return `[B, L, H, D]` and its weights."""
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(how.implementation, eager_attention_forward)
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            how.implementation,  # type: ignore[arg-type]  # None is allowed: "eager"
+            eager_attention_forward,
+        )
         return attend(
             self,
             query,
@@ -421,7 +433,7 @@ class UrformMLP(nn.Module):
         self.dropout = config.activation_dropout
         if config.initializer == "gpt2":
             layers = config.stack_sizes(is_decoder).num_hidden_layers
-            self.down_proj._init_std = config.initializer_range / math.sqrt(2 * layers)
+            self.down_proj._init_std = config.initializer_range / math.sqrt(2 * layers)  # type: ignore[assignment]
         elif config.initializer == "t5":
             self.down_proj._init_std = inner**-0.5
             for projection in (self.gate_proj, self.up_proj):
@@ -560,7 +572,7 @@ class SourceWeights(nn.Module):
         tensors: `config.source_weights`; the buffers are called by the names there, with `/` for `.`.
     """
 
-    def __init__(self, tensors: dict[str, list]):
+    def __init__(self, tensors: dict[str, list[Any]]):
         super().__init__()
         for name, (dtype, shape) in tensors.items():
             self.register_buffer(name.replace(".", "/"), torch.zeros(shape, dtype=getattr(torch, dtype)))

@@ -9,7 +9,7 @@ Shapes: B batch, L (target) length, S source length, E hidden, V vocabulary.
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ class UrformModel(UrformPreTrainedModel):
         """Return the table that reads `input_ids`."""
         return (self.decoder if self.config.architecture == "decoder" else self.encoder).embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace that table, on both sides where they share it."""
         if self.config.architecture != "decoder":
             self.encoder.embed_tokens = value
@@ -98,7 +98,7 @@ class UrformModel(UrformPreTrainedModel):
         position_ids: Tensor | None = None,
         decoder_position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        encoder_outputs: ModelOutput | tuple | None = None,
+        encoder_outputs: ModelOutput | tuple[Any, ...] | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
@@ -198,7 +198,7 @@ class UrformEncoderModel(UrformPreTrainedModel):
         """Return the table that reads `input_ids`."""
         return self.encoder.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace that table."""
         self.encoder.embed_tokens = value
 
@@ -210,12 +210,12 @@ class UrformEncoderModel(UrformPreTrainedModel):
         return self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 
-class UrformLanguageModel(LanguageModelLoss, UrformPreTrainedModel):
+class UrformLanguageModel(LanguageModelLoss, UrformPreTrainedModel):  # type: ignore[misc]
     """A backbone and its output projection; use one of the three heads below."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # annotated as two names
 
     def __init__(self, config: UrformConfig):
         super().__init__(config)
@@ -226,7 +226,7 @@ class UrformLanguageModel(LanguageModelLoss, UrformPreTrainedModel):
         self.post_init()
 
 
-class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
+class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):  # type: ignore[misc]
     """Sequence to sequence: translation, summarization, dialogue."""
 
     def __init__(self, config: UrformConfig):
@@ -237,18 +237,19 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         """Return labels `[B, L]` shifted right, for collators and label smoothing."""
         return decoder_inputs(self.config, labels)
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]  # annotated with bool, returns None
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Make the cache as the library does, but let the cross-attention's slide in no layer."""
         given = model_kwargs.get(CACHE) is not None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         cache = model_kwargs.get(CACHE)
-        if given or "sliding_attention" not in self.config.decoder_layer_types or cache is None:
+        sizes = self.config.stack_sizes(decoder=True)
+        if given or "sliding_attention" not in sizes.layer_types or cache is None:
             return
         if isinstance(cache.cross_attention_cache, StaticCache):
             full = copy.deepcopy(self.config)
-            full.decoder_layer_types = ["full_attention"] * full.decoder_num_hidden_layers
+            full.decoder_layer_types = ["full_attention"] * sizes.num_hidden_layers
             length = model_kwargs["encoder_outputs"][0].shape[1]
             cache.cross_attention_cache = StaticCache(config=full, max_cache_len=length)
         else:
@@ -262,7 +263,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         decoder_position_ids: Tensor | None = None,
-        encoder_outputs: ModelOutput | tuple | None = None,
+        encoder_outputs: ModelOutput | tuple[Any, ...] | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
@@ -314,7 +315,7 @@ class UrformForConditionalGeneration(UrformLanguageModel, GenerationMixin):
         return Seq2SeqLMOutput(loss=loss, logits=logits, **_rest(outputs))
 
 
-class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
+class UrformForCausalLM(UrformLanguageModel, GenerationMixin):  # type: ignore[misc]
     """Left-to-right language model."""
 
     @can_return_tuple
@@ -354,9 +355,9 @@ class UrformForCausalLM(UrformLanguageModel, GenerationMixin):
             cache=cache,
             **kwargs,
         )
-        predicted = None if labels is None else sequences.predicted(labels.device)
-        if predicted is not None:
-            labels = labels.masked_fill(~predicted, -100)
+        if labels is not None:
+            predicted = sequences.predicted(labels.device)
+            labels = labels if predicted is None else labels.masked_fill(~predicted, -100)
         loss, logits = self.loss_and_logits(
             outputs.last_hidden_state, labels, logits_to_keep, skip_logits, shift=True, **_of_loss(kwargs)
         )
@@ -414,7 +415,7 @@ class UrformForSequenceClassification(UrformPreTrainedModel):
     def __init__(self, config: UrformConfig):
         super().__init__(config)
         self.model = UrformModel(config)
-        self.classifier = UrformClassifier(config, config.num_labels)
+        self.classifier = UrformClassifier(config, cast(int, config.num_labels))
         self.post_init()
 
     @can_return_tuple
@@ -474,7 +475,7 @@ class UrformForTokenClassification(UrformPreTrainedModel):
     def __init__(self, config: UrformConfig):
         super().__init__(config)
         self.model = UrformModel(config)
-        self.classifier = UrformClassifier(config, config.num_labels, dense=config.token_classifier_dense)
+        self.classifier = UrformClassifier(config, cast(int, config.num_labels), dense=config.token_classifier_dense)
         self.post_init()
 
     @can_return_tuple
@@ -514,7 +515,7 @@ class UrformForQuestionAnswering(UrformPreTrainedModel):
         self.model = UrformModel(config)
         self.transform = None
         if config.token_classifier_dense:
-            self.transform = UrformTransform(config, config.classifier_activation, config.classifier_norm)
+            self.transform = UrformTransform(config, cast(str, config.classifier_activation), config.classifier_norm)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -586,7 +587,10 @@ class UrformForMultipleChoice(UrformPreTrainedModel):
         **kwargs: Any,
     ) -> MultipleChoiceModelOutput:
         """See `UrformModel.forward`, with a dimension of choices after the batch's; `labels` `[B]` say which."""
-        choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        choices = tokens.shape[1]
 
         def flat(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.flatten(0, 1)

@@ -24,12 +24,12 @@ class _SumGradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
@@ -40,17 +40,18 @@ class HeadsParallel(TensorParallelLayer):
 
     def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
         """Split a table `[buckets, H]` by heads; other parameters stay whole."""
-        if isinstance(module, nn.Embedding):
+        whole = module._parameters[param]
+        if isinstance(module, nn.Embedding) and whole is not None:
             from torch.distributed.tensor import Shard, distribute_tensor
 
-            whole = module._parameters[param]
             split = distribute_tensor(whole, mesh, [Shard(1)], src_data_rank=None)
             module._parameters[param] = nn.Parameter(split, requires_grad=whole.requires_grad)
 
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
         """Tell the position bias its share of the heads; let a norm sum its weight's gradients."""
         if hasattr(module, "share"):
-            module.share = (mesh.get_local_rank(), mesh.size())
+            bias: Any = module
+            bias.share = (mesh.get_local_rank(), mesh.size())
         elif not isinstance(module, nn.Embedding):
             _sum_weight_gradients(module, mesh.get_group())
         return module
@@ -61,18 +62,18 @@ def _sum_weight_gradients(module: nn.Module, group: Any) -> None:
 
     def tp_forward(*args: Any, **kwargs: Any) -> Any:
         weight = module._parameters["weight"]
-        if torch.is_grad_enabled() and weight.requires_grad:
+        if torch.is_grad_enabled() and weight is not None and weight.requires_grad:
             module._parameters["weight"] = _SumGradients.apply(weight, group)
         try:
             return forward(*args, **kwargs)
         finally:
             module._parameters["weight"] = weight
 
-    module.forward = tp_forward  # type: ignore[method-assign]
+    module.forward = tp_forward
 
 
 if dist.is_available():
-    ALL_PARALLEL_STYLES.register(HEADS, HeadsParallel())
+    ALL_PARALLEL_STYLES.register(HEADS, HeadsParallel())  # type: ignore[arg-type]  # annotated for functions; styles are objects
 
 
 def refuse_uneven(config: PreTrainedConfig, size: int) -> None:

@@ -284,7 +284,7 @@ def same_document(query_documents: Tensor, key_documents: Tensor) -> Callable[..
 
 def takes_layouts(config: PreTrainedConfig) -> bool:
     """Return whether the attention that was named takes layouts instead of masks: "urform" does."""
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)  # type: ignore[arg-type]
     return getattr(attend, "takes_layouts", False)
 
 

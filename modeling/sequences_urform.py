@@ -5,7 +5,7 @@
 
 **One rule for packed documents**, for Urform's models and for stock models under `attn_implementation="urform"`: a
 document begins where the position of a real token is not the position of the real token before it plus one.
-`find_documents` is that rule.
+`kernels/packed_documents.py` is that rule.
 
 Shapes: B batch, L length, P tokens in a cache.
 """
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils.import_utils import is_tracing
+
+from .kernels.packed_documents import find_documents, number_documents
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,7 @@ class Sequences:
         """
         prefix = "decoder_" if side == "q" and config.is_encoder_decoder else ""
         tokens = check_tokens(config, input_ids, inputs_embeds, prefix)
-        shape, mask, full_mask = tuple(tokens.shape[:2]), None, attention_mask
+        shape, mask, full_mask = (tokens.shape[0], tokens.shape[1]), None, attention_mask
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:  # PEFT's prefixes make it of a float type
             mask, full_mask = attention_mask.bool() if attention_mask.is_floating_point() else attention_mask, None
         past: int | Tensor = 0
@@ -104,43 +106,6 @@ class Sequences:
         return follows
 
 
-def find_documents(position_ids: Tensor, mask: Tensor | None, length: int) -> Tensor | None:
-    """Number the documents of packed rows from 0, int64 `[B | 1, L]`; return None where every row is one document.
-
-    A document begins where the position of a real token is not the position of the real token before it plus one.
-    Padding between two tokens may count in their positions or not: neither begins a document.
-
-    Args:
-        position_ids: `[B | 1, L]`; any other shape tells nothing.
-        mask: `[B, L]`, nonzero at real tokens; None, or another length: all are real.
-        length: L.
-    """
-    if position_ids.ndim != 2 or position_ids.shape[1] != length:
-        return None
-    begins = position_ids.diff(dim=-1) != 1
-    if mask is not None and mask.shape[1] == length:
-        begins = _begins_after_padding(position_ids, mask.to(position_ids.device) != 0)
-    if not is_tracing(begins) and not begins.any():
-        return None
-    return nn.functional.pad(begins.long().cumsum(-1), (1, 0))
-
-
-def number_documents(cu_seqlens: Tensor, length: int) -> Tensor:
-    """Number the documents of one row of `length` tokens from their starts: int64 `[1, L]`."""
-    places = torch.arange(length, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:].to(places), places, right=True)[None]
-
-
-def _begins_after_padding(position_ids: Tensor, real: Tensor) -> Tensor:
-    """Return where documents begin, bool `[B, L - 1]`: each real token is compared with the real one before it."""
-    places = torch.arange(real.shape[1], device=real.device).expand(real.shape)
-    before = torch.where(real, places, -1).cummax(-1).values[:, :-1]  # -1: no real token has come yet
-    positions = position_ids.expand(real.shape)
-    step = positions[:, 1:] - positions.gather(1, before.clamp(min=0))
-    goes_on = (step == 1) | (step == places[:, 1:] - before)
-    return real[:, 1:] & (before >= 0) & ~goes_on
-
-
 def place(
     config: PreTrainedConfig,
     tokens: Tensor,
@@ -159,7 +124,7 @@ def place(
         check_starts(starts, *tokens.shape[:2])
         documents = number_documents(starts, length)
     elif position_ids is not None and isinstance(past, int) and past == 0:
-        documents = find_documents(position_ids, mask, length)
+        documents = find_documents(position_ids, mask, length, readable=not is_tracing(position_ids))
     if position_ids is not None:
         return documents, position_ids
     if starts is not None and documents is not None:

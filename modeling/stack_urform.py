@@ -9,7 +9,7 @@ Shapes: B batch, L length, S source length, E hidden.
 import math
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +47,12 @@ logger = logging.get_logger(__name__)
 register_attention()  # remote code never runs the package's __init__
 
 
-class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
+class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):  # type: ignore[misc]  # push_to_hub takes what the three libraries' take
     """What every Urform model shares: flags for the library, weight init, tied embeddings."""
 
     config: UrformConfig
     base_model_prefix = "model"
-    input_modalities = ("text",)
+    input_modalities = ("text",)  # type: ignore[assignment]  # as the library's own models
     supports_gradient_checkpointing = True
     _no_split_modules = ["UrformLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
@@ -71,18 +71,18 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
         super().__init__(config, *args, **kwargs)
 
     @property
-    def _supports_sdpa(self) -> bool:
+    def _supports_sdpa(self) -> bool:  # type: ignore[override]  # the library only reads these
         return self.config.attn_logit_softcapping is None  # PyTorch's kernels have no softcap
 
     @property
-    def _supports_flash_attn(self) -> bool:
+    def _supports_flash_attn(self) -> bool:  # type: ignore[override]
         """Return whether transformers' flash attention is right here.
 
         It un-pads cross-attention's queries with the keys' mask, and has no position bias.
         """
         return not self.config.is_encoder_decoder and self.config.position_encoding not in ("alibi", "t5")
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Set the attention as the library does, and remember that it was named: the default's own name counts too."""
         before = self.config._attn_implementation
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
@@ -107,7 +107,7 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
         config = self.config
         std = getattr(module, "_init_std", None)
@@ -127,7 +127,7 @@ class UrformPreTrainedModel(BundledCodeMixin, PreTrainedModel):
                 init.zeros_(buffer)
 
     @property
-    def _tied_weights_keys(self) -> dict[str, str]:
+    def _tied_weights_keys(self) -> dict[str, str]:  # type: ignore[override]
         """Return which parameters are one: shared embeddings, a tied output projection, or both, as the config says."""
         config, tied = self.config, {}
         if config.is_encoder_decoder and config.share_embeddings and hasattr(self, "decoder"):
@@ -202,7 +202,7 @@ class UrformStack(UrformPreTrainedModel):
         plans = self.plans(hidden, sequences, states, route)
         biases = {} if self.position_bias is None else self.position_biases(hidden, sequences, route)
         for layer in self.layers:
-            kind = layer.layer_type
+            kind = cast(str, layer.layer_type)
             hidden = layer(hidden, plans[kind], states, biases.get(kind), cache=cache)
         if self.norm is not None:
             hidden = self.norm(hidden)
@@ -278,8 +278,11 @@ class UrformStack(UrformPreTrainedModel):
 
     def position_biases(self, hidden: Tensor, sequences: Sequences, route: Route) -> dict[str, Tensor | Bias]:
         """Return the position bias for each type of layer: an object where packed, else `[B, H, L, S]`."""
+        bias = self.position_bias
+        if bias is None:
+            return {}
         if isinstance(route, Packed):
-            return dict.fromkeys(self.layer_types, self.position_bias.bias(hidden.device))
+            return dict.fromkeys(self.layer_types, bias.bias(hidden.device))
         batch, length = hidden.shape[:2]
         queries = torch.arange(length, device=hidden.device) + sequences.past
         biases: dict[str, Tensor | Bias] = {}
@@ -288,7 +291,7 @@ class UrformStack(UrformPreTrainedModel):
             if sequences.cache is not None:  # a sliding cache holds fewer keys
                 keys, offset = sequences.cache.get_mask_sizes(length, self.layer_types.index(kind))
             places = torch.arange(keys, device=hidden.device) + offset
-            biases[kind] = self.position_bias(queries[None], places[None], hidden.dtype).expand(batch, -1, -1, -1)
+            biases[kind] = bias(queries[None], places[None], hidden.dtype).expand(batch, -1, -1, -1)
         return biases
 
     def layers_cache(self, cache: Cache) -> Cache | None:
@@ -319,7 +322,7 @@ class UrformEncoder(UrformStack):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -359,7 +362,7 @@ class UrformDecoder(UrformStack):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

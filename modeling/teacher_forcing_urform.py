@@ -4,6 +4,8 @@
 Shapes: B batch, L target length.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -26,12 +28,13 @@ def decoder_inputs(config: UrformConfig, ids: Tensor, mask: Tensor | None = None
         name = "decoder_start_token_id" if start is None else "pad_token_id"
         raise ValueError(f"config.{name} is None, but the decoder's input is shifted with it; set it")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    first: int | Tensor = start
     if config.decoder_start_from_labels:
         places = torch.arange(ids.shape[1], device=ids.device)
         last = (places * (real & (ids != -100) & (ids != pad))).amax(-1, keepdim=True)
-        start = ids.gather(1, last)
+        first = ids.gather(1, last)
     is_first = real & (real.cumsum(-1) == 1)
-    shifted = torch.where(is_first, start, ids.roll(1, dims=-1)).masked_fill(~real, pad)
+    shifted = torch.where(is_first, first, ids.roll(1, dims=-1)).masked_fill(~real, pad)
     return shifted.masked_fill(shifted == -100, pad)
 
 
@@ -46,7 +49,7 @@ def real_targets(labels: Tensor, given: bool, all_logits: bool) -> Tensor:
     return (real if given else real & labelled.cummax(-1).values).long()
 
 
-def as_output(encoder_outputs: ModelOutput | tuple) -> ModelOutput:
+def as_output(encoder_outputs: ModelOutput | tuple[Any, ...]) -> Any:
     """Return an encoder's output, which may come as a tuple, by its names."""
     if isinstance(encoder_outputs, ModelOutput):
         return encoder_outputs

@@ -74,5 +74,5 @@ def alignment(checkpoint: Path, text: str) -> tuple[Any, list[str], list[str]]:
         written = model.generate(**inputs, max_new_tokens=40, do_sample=False, num_beams=1)
         outputs = model(**inputs, decoder_input_ids=written[:, :-1], output_attentions=True)
     weights_TS = outputs.cross_attentions[-1][0].mean(0)
-    names = tokenizer.convert_ids_to_tokens
+    names: Any = tokenizer.convert_ids_to_tokens  # annotated for a single id too
     return weights_TS, names(written[0, 1:].tolist()), names(inputs["input_ids"][0].tolist())

@@ -107,7 +107,7 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
             )
         )
     if running is None or running.is_done():
-        trainer.push_in_progress = PushInProgress(jobs)
+        trainer.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # annotated as one future, read as a list
     else:
         running.jobs.extend(jobs)
 
@@ -144,6 +144,13 @@ def _calling_trainer() -> Trainer | None:
     return None
 
 
+def output_folder(args: TrainingArguments) -> str:
+    """Return the folder of a run; raise ValueError if the arguments name none."""
+    if args.output_dir is None:
+        raise ValueError("output_dir=None; give the training arguments a folder")
+    return args.output_dir
+
+
 def _publish_with(trainer: Trainer, model: Any) -> None:
     """Let every later save of a Trainer's model and tokenizer write the bundle, as if it were being pushed."""
     publish_with(model)
@@ -162,7 +169,8 @@ class PublishCallback(TrainerCallback):
         model = kwargs.get("model")
         if not state.is_world_process_zero or not isinstance(model, BundledCodeMixin) or not model._is_ours():
             return
-        write_code(args.output_dir)
-        stamp = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", STAMP_NAME)
+        folder = output_folder(args)
+        write_code(folder)
+        stamp = Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", STAMP_NAME)
         if stamp.is_file():
-            shutil.copyfile(stamp, Path(args.output_dir, STAMP_NAME))
+            shutil.copyfile(stamp, Path(folder, STAMP_NAME))

@@ -28,8 +28,8 @@ from pathlib import Path
 from ..configuration.checkpoint_files import read_json, refuse_links
 from ..configuration.heads_urform import auto_map
 from .card_snippets import auto_class
+from .card_template import MARK
 from .checkpoint_checks import has_tokenizer
-from .model_card import MARK
 
 _LEFT_OUT = {"urform", "triton"}
 _ONE_BY_ONE = 2_000_000_000  # bytes of weights above which the processes do not share the memory
@@ -221,7 +221,7 @@ def _start(code: str, packages: Path | None, home: Path, argument: str) -> subpr
         start = f"import sys; sys.path.append({str(packages)!r})\n"
         command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", start + code, argument]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=home, env=env, text=True, encoding="utf-8", errors="replace", **pipes)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(command, cwd=home, env=env, text=True, encoding="utf-8", errors="replace", **pipes)  # type: ignore[call-overload]
 
 
 def _end(process: subprocess.Popen[str]) -> tuple[str, int]:

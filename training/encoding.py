@@ -40,7 +40,7 @@ class OverLength:
 
 
 @dataclass
-class EncodedDataset(Dataset):
+class EncodedDataset(Dataset[dict[str, Any]]):
     """A map-style dataset of dicts of ids, held in memory.
 
     Attributes:

@@ -54,7 +54,8 @@ def evaluate_harness(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     if backend == "causal" and getattr(tokenizer, "add_eos_token", False):
-        tokenizer.add_eos_token = False  # lm-eval continues the context: no end of sequence may stand before the answer
+        # lm-eval continues the context: no end of sequence may stand before the answer.
+        tokenizer.add_eos_token = False  # type: ignore[misc]  # some tokenizers let it be set
     model = HFLM(pretrained=str(model_dir), tokenizer=tokenizer, backend=backend, batch_size=batch_size, device=device)
     result = simple_evaluate(
         model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False

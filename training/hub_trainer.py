@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import Seq2SeqTrainer
 
-from ..modeling.modeling_urform import UrformPreTrainedModel
+from ..modeling.stack_urform import UrformPreTrainedModel
 from ..publishing.model_card import is_placeholder, make_card, update_card
-from ..publishing.trainer_push import push_output
+from ..publishing.trainer_push import output_folder, push_output
 from ..publishing.training_record import record_of
 
 __all__ = ["HubTrainer"]
@@ -49,12 +49,12 @@ class HubTrainer(Seq2SeqTrainer):
                 "datasets": dataset_tags or dataset,
             }
             fields = {name: value for name, value in fields.items() if value is not None}
-            folder, record = Path(self.args.output_dir), record_of(self.state, self.args)
+            folder, record = Path(output_folder(self.args)), record_of(self.state, self.args)
             repo_id, card = self.hub_model_id or folder.resolve().name, folder / "README.md"
             make = make_card if not card.is_file() or is_placeholder(card) else update_card
             make(folder, repo_id, record, fields).save(card)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # `private` is not in transformers 5.17: it is in `kwargs`
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -93,9 +93,8 @@ class HubTrainer(Seq2SeqTrainer):
         own_tags = card.pop("tags", None) or []
         tags = [own_tags] if isinstance(own_tags, str) else list(own_tags)
         tags += [tag for tag in getattr(self.model, "model_tags", None) or () if tag not in tags]
-        name = (
-            card.pop("model_name", None) or (self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1]
-        )
+        repo_id = self.args.hub_model_id or Path(output_folder(self.args)).name
+        name = card.pop("model_name", None) or repo_id.split("/")[-1]
         self.create_model_card(model_name=name, **{**card, **({"tags": tags} if tags else {})})
         self._finish_current_push()
         return push_output(self, commit_message, token, revision, run_as_future=not blocking)

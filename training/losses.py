@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..modeling.modeling_urform import UrformLanguageModel
@@ -57,7 +57,7 @@ def without_adapters(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def predicts_next_token(model: nn.Module) -> bool:
+def predicts_next_token(model: Any) -> bool:
     """Return whether position i of the model's logits predicts label i+1."""
     name = type(model).__name__
     is_causal = "CausalLM" in name or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

@@ -27,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..publishing.checkpoint_checks import read_json
+from ..configuration.checkpoint_files import read_json
 from ..publishing.training_record import ARGUMENTS_NAME
 from .encoding import EncodedDataset
 from .metrics import check_scorers

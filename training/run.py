@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..publishing.checkpoint_checks import read_json
+from ..configuration.checkpoint_files import read_json
 from .batching import GlobalBatchSampler, padding_share
 from .checkpointing import last_complete_checkpoint
 from .encoding import EncodedDataset

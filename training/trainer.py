@@ -22,20 +22,20 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
-from transformers import Seq2SeqTrainingArguments
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Seq2SeqTrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling.modeling_urform import UrformLanguageModel
 from ..publishing.secret_fields import hide_tokens
-from ..publishing.trainer_push import push_checkpoint
+from ..publishing.trainer_push import output_folder, push_checkpoint
 from ..publishing.training_record import write_arguments
 from .batching import GlobalBatchSampler, SetEpochCallback
 from .checkpointing import (
@@ -78,6 +78,8 @@ class UrformTrainer(HubTrainer):
             and other models' is `SmoothedCrossEntropy`; evaluation is not smoothed. The training dataset has a
             `lengths` attribute (see `EncodedDataset`), else Trainer's own sampling is used.
     """
+
+    model: PreTrainedModel
 
     def __init__(self, *, tokens_per_batch: int | None = None, pool_batches: int = 4, **kwargs: Any) -> None:
         model, args = kwargs["model"], kwargs["args"]
@@ -125,7 +127,7 @@ class UrformTrainer(HubTrainer):
             inputs = with_decoder_inputs(self.model, inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader of global batches, which accelerate deals to the processes.
 
         Raises:
@@ -152,8 +154,8 @@ class UrformTrainer(HubTrainer):
         self.pop_callback(SetEpochCallback)
         self.add_callback(SetEpochCallback(sampler, self.args.gradient_accumulation_steps))
         workers = self.args.dataloader_num_workers
-        loader: DataLoader = DataLoader(
-            self.train_dataset,
+        loader: DataLoader[Any] = DataLoader(
+            cast("Dataset[Any]", self.train_dataset),
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=workers,
@@ -185,7 +187,7 @@ class UrformTrainer(HubTrainer):
             if training_value is not None:
                 config.use_cache = training_value
         if self.args.should_save:
-            write_arguments(output_dir or self.args.output_dir, self.args)
+            write_arguments(output_dir or output_folder(self.args), self.args)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
@@ -282,7 +284,7 @@ class UrformTrainer(HubTrainer):
         self._saved_step = None
         try:
             output = super().train(self._resumed_from, *args, **kwargs)
-            refuse_non_finite_weights(self.model, self.optimizer, self.state.global_step, self.args.output_dir)
+            refuse_non_finite_weights(self.model, self.optimizer, self.state.global_step, output_folder(self.args))
             return output
         finally:
             if self._use_cache is not None:
@@ -292,7 +294,7 @@ class UrformTrainer(HubTrainer):
         """Return the checkpoint to resume from, None to begin; see `train`."""
         if not requested:
             return None
-        checkpoint = last_complete_checkpoint(self.args.output_dir) if requested is True else requested
+        checkpoint = last_complete_checkpoint(output_folder(self.args)) if requested is True else requested
         if checkpoint is None:
             raise CheckpointError(f"there is no complete checkpoint in {self.args.output_dir} to resume from")
         if requested is not True and Path(checkpoint, MANIFEST_NAME).is_file():
@@ -317,7 +319,7 @@ class UrformTrainer(HubTrainer):
             return super()._clip_grad_norm(model)
         # The two halves of `torch.nn.utils.clip_grad_norm_`; clipping by a norm that is NaN makes every gradient NaN.
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self._watch.check(self, grad_norm)
         torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, grad_norm)
         return grad_norm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -72,13 +72,14 @@ def translate(
     results = [""] * len(texts)
     order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(encoded[i]))
     model.eval()
+    generate: Any = model.generate
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         rows = {"input_ids": [encoded[i] for i in chosen]}
         batch = tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(model.device)
         room = max_new_tokens or 2 * batch["input_ids"].shape[1] + 20
         with torch.inference_mode():
-            generated = model.generate(
+            generated = generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 num_beams=num_beams,

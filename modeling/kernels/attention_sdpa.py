@@ -124,7 +124,7 @@ def _one_by_one(
 ) -> Tensor:
     """Make one call for each sequence."""
     outs = []
-    parts = (q_NHD.split(q_sizes), k_NGD.split(kv_sizes), v_NGD.split(kv_sizes))  # type: ignore[arg-type]
+    parts = (q_NHD.split(q_sizes), k_NGD.split(kv_sizes), v_NGD.split(kv_sizes))
     for i, (q_LHD, k_SGD, v_SGD) in enumerate(zip(*parts, strict=True)):
         q_grid, kv_grid = (Layout.full(1, len(x), q_NHD.device) for x in (q_LHD, k_SGD))
         own = _narrowed(settings, [i], q_grid, kv_grid)

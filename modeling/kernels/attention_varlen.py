@@ -148,7 +148,7 @@ def _packed_tokens(layout: Layout) -> _PackedTokens:
         places = None if layout.mask is None else layout.mask.flatten().nonzero()[:, 0]
         return _PackedTokens(cu_seqlens, places)
 
-    return layout.once("varlen", find)  # type: ignore[no-any-return]
+    return layout.once("varlen", find)
 
 
 def _same_lengths(q_layout: Layout, kv_layout: Layout) -> bool:

@@ -17,7 +17,7 @@ class _DropoutAdd(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor | None, x: Tensor, p: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, residual: Tensor | None, x: Tensor, p: float) -> Tensor:
         threshold = min(round(p * (1 << 16)), (1 << 16) - 1) - (1 << 15)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
         mask = torch.empty(x.shape, dtype=x.dtype)

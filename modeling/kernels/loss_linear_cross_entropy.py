@@ -363,7 +363,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The eager mode's form: a dispatch through `torch.library` costs what a small loss does."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         ctx.needs = options[-1]
         ctx.dtypes = [t.dtype if t is not None else weight.dtype for t in (hidden, weight, bias)]
         with torch.autocast(hidden.device.type, enabled=False):

@@ -37,7 +37,7 @@ from transformers.utils.import_utils import is_tracing
 from ..kernels.attention_biases import Bias, DenseBias
 from ..kernels.attention_dispatch import attention
 from ..kernels.attention_layouts import Layout
-from ..sequences_urform import find_documents, number_documents
+from ..kernels.packed_documents import find_documents, number_documents
 from .attention_masks import CompactMask, KnownMask, urform_mask
 
 NAME = "urform"

@@ -96,19 +96,21 @@ class CompactMask(Tensor):
     @staticmethod
     def __new__(cls, known: KnownMask) -> CompactMask:
         """Wrap what is known as a tensor."""
-        mask = Tensor._make_wrapper_subclass(cls, known.shape, dtype=torch.bool, device=known.device)  # type: ignore[attr-defined]
+        mask: CompactMask = Tensor._make_wrapper_subclass(cls, known.shape, dtype=torch.bool, device=known.device)
         mask.known = known
-        return cast(CompactMask, mask)
+        return mask
 
     def __init__(self, known: KnownMask):
         pass
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]  # torch's keyword has no name in its stubs
         """Say what is known."""
         return f"CompactMask({self.known})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch annotates its placeholder, a plain function
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Run `func` on the full tensor, which is the mask from here on (it may be written to)."""
         if func is torch.ops.aten.detach.default:  # what checkpointing does to everything it stores
             return cls(args[0].known)
@@ -137,7 +139,7 @@ def urform_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable = masking_utils.causal_mask_function,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
@@ -163,8 +165,9 @@ def urform_mask(
     Returns:
         A `CompactMask`; the full tensor under tracing and for what is not recognised.
     """
-    full = partial(
-        masking_utils.sdpa_mask, batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+    full: Callable[[], Tensor] = partial(
+        cast(Any, masking_utils.sdpa_mask),
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False,
         allow_is_bidirectional_skip=False, device=device, **kwargs,
     )  # fmt: skip
@@ -200,12 +203,14 @@ class _Pattern:
         for name in ("padding", "documents", "positions"):
             if getattr(self, name) is not None and getattr(other, name) is not None:
                 raise _Unknown(f"two {name} in one mask")
+        left, right = (
+            min((side for side in sides if side is not None), default=None)
+            for sides in ((self.left, other.left), (self.right, other.right))
+        )
         return _Pattern(
             self.causal or other.causal,
-            *(
-                min((side for side in sides if side is not None), default=None)
-                for sides in ((self.left, other.left), (self.right, other.right))
-            ),
+            left,
+            right,
             *(
                 getattr(self, name) if getattr(self, name) is not None else getattr(other, name)
                 for name in ("padding", "documents", "positions")
@@ -213,7 +218,7 @@ class _Pattern:
         )
 
 
-def _recognise(function: Callable) -> _Pattern:
+def _recognise(function: Callable[..., Any]) -> _Pattern:
     """Read a composition of the library's mask functions, which are known by their code and their closures."""
     if function is masking_utils.causal_mask_function:
         return _Pattern(causal=True)

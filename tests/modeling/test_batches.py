@@ -13,7 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import urform
 from urform import UrformConfig
-from urform.modeling.sequences_urform import find_documents
+from urform.modeling.kernels.packed_documents import find_documents
 
 HEADS = {"encoder": "MaskedLM", "decoder": "CausalLM", "encoder-decoder": "ConditionalGeneration"}
 ENCODINGS = ("rope", "sinusoidal", "learned", "alibi", "t5", "none")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -159,7 +159,8 @@ class BlockDropout:
             return kept.to(like.device)
         device, members = like.device, torch.tensor(bucket.members, device=like.device)
         lines, columns = torch.arange(*rows, device=device), torch.arange(*keys, device=device)
-        kept = keep_tile(self.settings.seed, members, self.settings.heads, lines[None], columns[None], self.probability)
+        seed = cast(Tensor, self.settings.seed)  # it or `bits` is set
+        kept = keep_tile(seed, members, self.settings.heads, lines[None], columns[None], self.probability)
         return kept.to(like.dtype)
 
 

@@ -86,7 +86,7 @@ class _NotTwice(torch.autograd.Function):
     """Pass gradients on, and refuse to be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
@@ -106,7 +106,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     """Offer `forward` and `backward` to autograd."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,

@@ -28,7 +28,7 @@ def _bfloat16_products(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # an attribute that torch sets at import
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

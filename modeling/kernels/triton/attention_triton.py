@@ -217,7 +217,7 @@ class _KernelArguments:
         """Make the tensors' device current, where Triton launches."""
         if self.q.device.type == "cpu":
             return contextlib.nullcontext()
-        return torch.get_device_module(self.q.device).device(self.q.device)  # type: ignore[no-any-return]
+        return torch.get_device_module(self.q.device).device(self.q.device)
 
 
 def _forward(
@@ -317,11 +317,11 @@ def _bias_buffers(args: _KernelArguments, bias_grad: bool) -> tuple[Tensor | Non
     """Give the zeroed buffers for the bias's gradient: sums of tiles for slopes and tables, dS for a dense tensor."""
     if not bias_grad:
         return None, None
-    zeros = dict(dtype=torch.float32, device=args.q.device)
+    zeros: dict[str, Any] = dict(dtype=torch.float32, device=args.q.device)
     if args.kind == DENSE:
-        return None, torch.zeros(args.batch, args.heads, args.max_q, args.max_k, **zeros)  # type: ignore[arg-type]
+        return None, torch.zeros(args.batch, args.heads, args.max_q, args.max_k, **zeros)
     rows = launch_configuration("dq", max(args.width, args.v_width), args.q.dtype, args.family).block_m
-    return torch.zeros(2, args.heads, args.batch, -(-args.max_q // rows), **zeros), None  # type: ignore[arg-type]
+    return torch.zeros(2, args.heads, args.batch, -(-args.max_q // rows), **zeros), None
 
 
 def _add_diagonals(args: _KernelArguments, common: dict[str, Any], dtable: Tensor) -> None:
@@ -475,7 +475,7 @@ class _Rows:
 def _rows_of(layout: Layout) -> _Rows:
     """Derive the kernels' rows from a layout: real tokens are moved before the padding, by shapes known beforehand."""
     if "triton" in layout.memo:
-        return layout.memo["triton"]  # type: ignore[no-any-return]
+        return layout.memo["triton"]
     device = layout.lengths.device
     if layout.cu_seqlens is not None:
         rows = _Rows(layout.cu_seqlens, layout.lengths)
