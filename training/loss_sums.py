@@ -6,22 +6,20 @@ Trainer keeps these sums in memory only and starts again at zero when it resumes
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .checkpointing import write_text_atomically
-
-if TYPE_CHECKING:
-    from .trainer import UrformTrainer
 
 __all__ = ["RestoreLossCallback", "restore_loss_sums", "save_loss_sums"]
 
 LOSS_STATE_NAME = "loss_state.json"
 
 
-def save_loss_sums(trainer: UrformTrainer, checkpoint: Path, since_log: list[float]) -> None:
+def save_loss_sums(trainer: Trainer, checkpoint: Path, since_log: list[float]) -> None:
     """Write the loss since the last log of each process (`since_log`) and the loss of all steps into a checkpoint."""
     state = {
         "since_log": since_log,
@@ -31,7 +29,7 @@ def save_loss_sums(trainer: UrformTrainer, checkpoint: Path, since_log: list[flo
     write_text_atomically(checkpoint / LOSS_STATE_NAME, json.dumps(state))
 
 
-def restore_loss_sums(trainer: UrformTrainer, checkpoint: str | Path) -> bool:
+def restore_loss_sums(trainer: Trainer, checkpoint: str | Path) -> bool:
     """Continue with the sums of a checkpoint; return False if another Trainer wrote it, without sums."""
     path = Path(checkpoint, LOSS_STATE_NAME)
     if not path.is_file():
@@ -48,12 +46,12 @@ def restore_loss_sums(trainer: UrformTrainer, checkpoint: str | Path) -> bool:
 
 
 class RestoreLossCallback(TrainerCallback):
-    """Restores the sums of losses. Trainer sets them to zero just before this event."""
+    """Restores the sums of losses by calling `restore`. Trainer sets them to zero just before this event."""
 
-    def __init__(self, trainer: UrformTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, restore: Callable[[], None]) -> None:
+        self.restore = restore
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.restore_loss_state()
+        self.restore()

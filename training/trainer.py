@@ -95,7 +95,7 @@ class UrformTrainer(HubTrainer):
         self._watch = UpdateWatch()
         super().__init__(**kwargs)
         hide_tokens(args)
-        self.add_callback(RestoreLossCallback(self))
+        self.add_callback(RestoreLossCallback(self.restore_loss_state))
         self._model_smooths = False
         if args.label_smoothing_factor and self.compute_loss_func is None:
             self._choose_smoothed_loss(without_adapters(model))
