@@ -207,7 +207,7 @@ def check_kernels(
         timing: also time a larger problem on each backend.
 
     Raises:
-        ValueError: the device does not exist here, a backend is not known, `dtypes` or `cases` is empty, or a dtype is
+        ValueError: the device does not exist here, a backend is unknown, `dtypes` or `cases` is empty, or a dtype is
             not floating point.
     """
     device = _find_device(device)
@@ -242,7 +242,7 @@ def _check_arguments(
     known = [*attention_backends(), LOSS]
     for name in backends or ():
         if name not in known:
-            raise ValueError(f"backends holds {name!r}, which is not known; use some of {known}")
+            raise ValueError(f"backend {name!r} is unknown; use one of {known}")
     return [name for name in known if backends is None or name in backends]
 
 

@@ -293,7 +293,7 @@ def test_the_model_comes_back_as_it_was() -> None:
     [
         (dict(model="no/such folder"), r"model='no/such folder' could not be loaded .*config.json"),
         (dict(attn_implementation="sdpaa"), r"attn_implementation='sdpaa' .*use one of .*'eager'.*'urform'"),
-        (dict(checks=["paddling"]), r"checks holds 'paddling'.*padding-left"),
+        (dict(checks=["paddling"]), r"check 'paddling' is unknown.*padding-left"),
         (dict(model=nn.Linear(2, 2)), r"model is a Linear, not a PreTrainedModel"),
         (dict(dtype="float32"), r"dtype and device are for a folder"),
         (dict(model="x", dtype="int8"), r"dtype='int8' .*'bfloat16'"),
@@ -503,7 +503,7 @@ def test_the_yardstick_is_the_definition(case: KernelCase) -> None:
         (dict(device="meta"), "device='meta' is not on this machine; use 'cpu'"),
         (dict(dtypes=(torch.int32,)), "dtypes holds torch.int32"),
         (dict(cases=()), "cases .0 given. must each hold"),
-        (dict(backends=["tritton"]), "backends holds 'tritton'.*'reference'"),
+        (dict(backends=["tritton"]), "backend 'tritton' is unknown.*'reference'"),
     ],
 )
 def test_wrong_arguments_of_check_kernels(arguments: dict[str, Any], message: str) -> None:
@@ -557,7 +557,7 @@ def test_command_refusals(bert: str, tmp_path: Path) -> None:
     for arguments, message in (
         (["isolation", str(tmp_path / "none")], "could not be loaded"),
         (["isolation", bert, "--attn", "sdpaa"], "attn_implementation='sdpaa' is not known"),
-        (["isolation", bert, "--check", "x"], "checks holds 'x'"),
+        (["isolation", bert, "--check", "x"], "check 'x' is unknown"),
         (["isolation", bert, "--dtype", "x"], "dtype='x'"),
         (["kernels", "--device", "x"], "device='x'"),
     ):
