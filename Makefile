@@ -36,7 +36,7 @@ $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 
 demo: $(DEMO_STAMP)
 	$(BIN)/urform demo $(ARGS)
-	@echo "(urform is in $(BIN): source $(BIN)/activate)"
+	@echo "(The command urform is in $(BIN). To have it at hand: source $(BIN)/activate)"
 
 # One thread for each of $(JOBS) processes: more threads than cores slow the small models of the tests down.
 test: $(DEV_STAMP)

@@ -176,12 +176,12 @@ def _number(value: Any) -> str:
 
 
 def _arguments_in_force(record: TrainingRecord) -> dict[str, Any]:
-    """Return the training arguments without those that another one, or the recipe, overrides."""
+    """Return the training arguments that are set, without those that another one, or the recipe, overrides."""
     arguments = record.arguments
     overridden = {"num_train_epochs" if (arguments.get("max_steps") or 0) > 0 else "max_steps"}
     if record.recipe.get("data", {}).get("tokens_per_batch"):
         overridden.add("per_device_train_batch_size")
-    return {name: value for name, value in arguments.items() if name not in overridden}
+    return {name: value for name, value in arguments.items() if value is not None and name not in overridden}
 
 
 def _results(record: TrainingRecord) -> list[tuple[str, str, str, str]]:

@@ -98,7 +98,7 @@ def verify_bundle(
         _compare(outputs)
     if len(outputs) > 1:
         say("loads and runs without urform, by trust_remote_code=True")
-    say("loads and runs with the installed urform" + (": outputs are equal bit for bit" if len(outputs) > 1 else ""))
+    say("loads and runs with the installed urform" + (", with the same outputs to the bit" if len(outputs) > 1 else ""))
     if codes:
         say(f"{len(codes)} snippets of the card ran")
 
