@@ -496,7 +496,7 @@ def bundle(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Compare every file of a published checkpoint with its stamp; exit code 1 if one was changed. Runs no code of it."""
+    """Compare every file of a published checkpoint with its stamp; exit code 1 if one was changed. Runs no code."""
     with _clean_errors(debug):
         _set_up_logging(quiet=True)
         from ..diagnostics.bundle import check_bundle
