@@ -144,11 +144,11 @@ def _load(
 ) -> PreTrainedModel:
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} is no floating dtype of torch; use 'float32', 'bfloat16' or 'float16'")
+        raise ValueError(f"dtype={dtype!r} is not a floating dtype of torch; use 'float32', 'bfloat16' or 'float16'")
     try:
         place = torch.device(device or "cpu")
     except RuntimeError as error:
-        raise ValueError(f"device={device!r} is no device of torch; use 'cpu' or 'cuda'") from error
+        raise ValueError(f"device={device!r} is not a device of torch; use 'cpu' or 'cuda'") from error
     try:
         need_source(name)
         model = AutoModel.from_pretrained(

@@ -289,8 +289,8 @@ class Probe:
             self.noise = max(_distance(first[side], second[side]) for side in first)
         except _RefusedError as error:
             raise ValueError(
-                f"model {type(self.model).__name__} refuses plain input_ids of shape (2, 7): {error}; "
-                "nothing can be asked of it"
+                f"model {type(self.model).__name__} rejects plain input_ids of shape (2, 7): {error}; "
+                "it cannot be tested"
             ) from error
         found = {check: self.ask(check, questions[check]) for check in CHECKS if check in checks and check in questions}
         structure = self.mask_function([c for c in found.values() if c.status == LEAKS])
@@ -319,7 +319,7 @@ class Probe:
             status, advice = INCONCLUSIVE, _ADVICE["inconclusive"]
             detail = f"the {finding.weak[0]}'s outputs hardly move for the tokens that they should see, or are NaN"
         elif finding.shifted:
-            status, detail = SHIFTED, f"{finding.shifted[0]}, as positions count from elsewhere; no content leaks"
+            status, detail = SHIFTED, f"{finding.shifted[0]}: its positions start elsewhere; no content leaks"
             advice = "pad on the right" if name == "padding-left" else "give this model one text per row"
         return IsolationCheck(
             name,
@@ -348,7 +348,7 @@ class Probe:
                 INCONCLUSIVE,
                 where=detail,
                 advice=_ADVICE["mask-function"],
-                detail="but nothing that was asked leaks",
+                detail="but none of the checks that ran found a leak",
             )
         return IsolationCheck(
             "mask-function",

@@ -180,7 +180,7 @@ class KernelReport:
 
 
 def _outcome(failure: str) -> str:
-    return f"FAILED, so attention() leaves it here: {failure}" if failure else "passed"
+    return f"FAILED, so attention() does not use it here: {failure}" if failure else "passed"
 
 
 def _cell(result: KernelResult | None) -> str:
@@ -275,7 +275,7 @@ def _find_device(device: str | torch.device | None) -> torch.device:
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device={device!r} is no device of torch; use 'cpu' or 'cuda'") from error
+        raise ValueError(f"device={device!r} is not a device of torch; use 'cpu' or 'cuda'") from error
     if wanted.type != "cpu" and (accelerator is None or accelerator.type != wanted.type):
         raise ValueError(f"device={str(device)!r} is not on this machine; use 'cpu'" +
                          (f" or {accelerator.type!r}" if accelerator else ""))  # fmt: skip

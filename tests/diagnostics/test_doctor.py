@@ -464,7 +464,7 @@ def test_what_cannot_run_here_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_failed_proof_fails_the_report_and_the_cases_still_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that `attention()` has left is measured all the same, and its proof's outcome stands in the report."""
     monkeypatch.setattr(attention_proof, "OUTCOMES", {})
-    for run, outcome in ((broken(causal=False), "FAILED, so attention() leaves it here: "), (broken(), "passed")):
+    for run, outcome in ((broken(causal=False), "FAILED, so attention() does not use it here: "), (broken(), "passed")):
         attention_proof.OUTCOMES.clear()
         proving = Backend(run, frozenset(FEATURES), proofs=attention_proof.TRITON_CASES)
         monkeypatch.setitem(attention_dispatch.BACKENDS, "broken", proving)
@@ -499,7 +499,7 @@ def test_the_yardstick_is_the_definition(case: KernelCase) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(device="gpu"), "device='gpu' is no device"),
+        (dict(device="gpu"), "device='gpu' is not a device"),
         (dict(device="meta"), "device='meta' is not on this machine; use 'cpu'"),
         (dict(dtypes=(torch.int32,)), "dtypes holds torch.int32"),
         (dict(cases=()), "cases .0 given. must each hold"),
