@@ -64,7 +64,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     if named[0] not in known:
         raise ValueError(
-            f"{folder}/config.json has architectures={_short(named)}, which is not a class of Urform "
+            f"{folder}/config.json has architectures={_short(named)}, which is no class of Urform "
             f"({', '.join(known)}); a class of your own is published with its register_for_auto_class and push_to_hub."
         )
     if config.get("quantization_config"):
