@@ -43,7 +43,7 @@ def check_unknown(given: dict[str, Any], fields: Collection[str]) -> None:
         if value is not None:
             remedy = " and set it in rope_parameters" if key.startswith("original") else ""
             raise ValueError(
-                f"{key}={value!r} is not a field of UrformConfig, but transformers reads it; leave it out{remedy}"
+                f"{key}={value!r} is no field of UrformConfig, but transformers reads it; leave it out{remedy}"
             )
     generation = GenerationConfig._get_default_generation_params()
     unknown = [k for k in given if not k.startswith("_") and k not in LIBRARY_KEYS and k not in generation]
