@@ -1,4 +1,4 @@
-# make demo: train and try a translator.   make test: the tests.   Both install what they need into .venv first.
+# make demo: train and use a translator.   make test: the tests.   Both install what they need into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 .PHONY: help demo test test-all test-newest test-oldest test-tools quick lint complexity types format bench constraints clean
 
 help:
-	@echo "make demo [ARGS=...]  train a small translator and try it      make test      the tests"
+	@echo "make demo [ARGS=...]  train a small translator and use it      make test      the tests"
 	@echo "make quick            one test of each kind, under a minute     make lint      ruff, radon and mypy"
 	@echo "make test-all         the slow ones too"
 	@echo "make test-newest      on the newest torch and transformers     make test-oldest  on the oldest that are supported"
@@ -25,21 +25,24 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(DEMO_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing urform and its dependencies into $(VENV); this takes a minute or two the first time."
 	$(PIP_INSTALL) -e '.[demo]'
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing urform and its tools for development into $(VENV); this takes some minutes the first time."
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(DEMO_STAMP)
 
 demo: $(DEMO_STAMP)
 	$(BIN)/urform demo $(ARGS)
+	@echo "(The command urform is in $(BIN). To have it at hand: source $(BIN)/activate)"
 
 # One thread for each of $(JOBS) processes: more threads than cores slow the small models of the tests down.
 test: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(ARGS)
 
-# The inner loop: telling tests from every folder of tests/, by name.
+# The inner loop: the most telling tests of every folder of tests/, by name.
 quick: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope @tests/quick.txt $(ARGS)
 

@@ -54,7 +54,7 @@ class MissingDependencyError(ModuleNotFoundError, ValueError):
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs an extra of Urform today: from its checkout, for it is on no package index."""
+    """Return the command that installs an extra of Urform: from its checkout, as it is not on a package index yet."""
     root = Path(__file__).resolve().parent
     checkout = str(root) if (root / "pyproject.toml").is_file() else "<checkout of urform>"
     return f"pip install -e '{checkout}[{extra}]'"

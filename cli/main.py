@@ -26,7 +26,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="urform",
-    help="One Transformer for Hugging Face: train it, score it, use it.",
+    help="One Transformer for Hugging Face: train, evaluate, use, convert and publish it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -40,14 +40,16 @@ Beams = Annotated[int, typer.Option("--num-beams", min=1, help="Beams of the sea
 LengthPenalty = Annotated[float, typer.Option("--length-penalty", help="Exponent of the length in a beam's score.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Lines per batch.")]
 MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Limit of one output.")]
-Prefix = Annotated[str, typer.Option("--prefix", help="Put before every line, e.g. '<2de> '.")]
-MaxLineBytes = Annotated[int, typer.Option("--max-line-bytes", min=0, help="Longest line of a file; 0: no limit.")]
+Prefix = Annotated[str, typer.Option("--prefix", help="Prefix of every line, e.g. '<2de> '.")]
+MaxLineBytes = Annotated[
+    int, typer.Option("--max-line-bytes", min=0, help="Longest line that is accepted; 0: no limit.")
+]
 ModelDir = Annotated[Path, typer.Argument(help="Folder of a trained model (or of one checkpoint).")]
 
 
 @contextmanager
 def _clean_errors(debug: bool) -> Iterator[None]:
-    """A short message on stderr instead of a traceback for everything a user can mend."""
+    """Print a short message on stderr, instead of a traceback, for every error that a user can correct."""
     try:
         yield
     except typer.Exit:
@@ -73,12 +75,12 @@ def _fail(message: str, code: int) -> None:
 
 
 def _put(text: str) -> None:
-    """Write a line of results; end quietly where nobody reads them any more (`| head -1`)."""
+    """Write a line of results. If the reader has closed the pipe (`| head -1`), exit without a message."""
     try:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is left in the buffer must go somewhere when the interpreter ends.
+        # The interpreter flushes the rest of the buffer when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(CLOSED_PIPE) from None
 
@@ -141,15 +143,17 @@ def demo(
     sentences: Annotated[
         list[str] | None, typer.Argument(help="Phrases to translate, e.g. '<2de> Friday, March 14, 2031'.")
     ] = None,
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="Corpus and model go there.")] = Path("outputs/demo"),
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="Folder for corpus and model.")] = Path(
+        "outputs/demo"
+    ),
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Change of the recipe `demo`, key=value; may be repeated.")
+        list[str] | None, typer.Option("--set", help="Override a value of the recipe: key=value; may be repeated.")
     ] = None,
     train_phrases: Annotated[int, typer.Option(min=10, help="Size of the training corpus.")] = 60_000,
     test_phrases: Annotated[int, typer.Option(min=1, help="Number of held-out phrases.")] = 600,
     debug: Debug = False,
 ) -> None:
-    """Train a translator from nothing in a few minutes: dates, amounts and names, English to German and Chinese.
+    """Train a translator from scratch in a few minutes: dates, amounts and names, English to German and Chinese.
 
     The corpus is generated from CLDR (the Unicode locale data). No date, time or number in the test occurs in training.
     """
@@ -171,29 +175,36 @@ def demo(
 def train(
     recipe: Annotated[
         str,
-        typer.Argument(help="Path of a YAML recipe, or the name of one (see --list).", autocompletion=_recipe_names),
+        typer.Argument(help="YAML file, or the name of a recipe (see --list).", autocompletion=_recipe_names),
     ] = "",
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes: key=value, e.g. max_steps=100.")] = None,
-    output_dir: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Where everything goes.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Values to override: key=value, e.g. max_steps=100.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Output folder.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
     allow_changes: Annotated[
         list[str] | None,
-        typer.Option("--allow-change", help="With --resume: a value that may differ, e.g. data or training.seed."),
+        typer.Option(
+            "--allow-change",
+            help="With --resume: a setting that may differ from the run's, e.g. data or training.seed.",
+        ),
     ] = None,
     list_names: Annotated[bool, typer.Option("--list", help="List the recipes that come with urform.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train a model by a recipe.
+    """Train a model from a recipe.
 
-    Ctrl-C saves a checkpoint and stops (exit code 130); the same command with --resume goes on from there. On many
+    Ctrl-C saves a checkpoint and stops (exit code 130). The same command with --resume continues from there. On many
     processes: accelerate launch --num_processes N -m urform.cli.main train RECIPE ...
     """
     with _clean_errors(debug):
-        from ..training.recipe import list_recipes, read_recipe
+        from ..training.recipe import describe_recipes, list_recipes, read_recipe
 
         if list_names:
-            _put("\n".join(list_recipes()))
+            described = describe_recipes()
+            width = max(map(len, described))
+            _put("\n".join(f"{name:{width}}  {description}" for name, description in described.items()))
             return
         if not recipe:
             raise ValueError(f"name a recipe: a YAML file or one of {', '.join(list_recipes())}")
@@ -211,7 +222,7 @@ def train(
         except TrainingInterruptedError as interrupted:
             if debug:
                 raise
-            _fail(f"{interrupted}; the same command with --resume goes on", 128 + interrupted.signal_number)
+            _fail(f"{interrupted}; the same command with --resume continues", 128 + interrupted.signal_number)
         summary = {"output_dir": str(result.output_dir), "steps": result.steps, **result.metrics}
         _put(json.dumps(summary, ensure_ascii=False, indent=1))
 
@@ -249,7 +260,7 @@ def evaluate(
     context: typer.Context,
     model_dir: ModelDir,
     source: Annotated[Path | None, typer.Argument(help="Source text, or one .tsv/.jsonl file with both sides.")] = None,
-    target: Annotated[Path | None, typer.Argument(help="References, line by line.")] = None,
+    target: Annotated[Path | None, typer.Argument(help="References, one per line.")] = None,
     source_field: Annotated[str, typer.Option(help="Column or field of the source.")] = "0",
     target_field: Annotated[str, typer.Option(help="Column or field of the reference.")] = "1",
     language: Annotated[str, typer.Option("--language", "-l", help="Target language, for the metrics.")] = "en",
@@ -263,8 +274,8 @@ def evaluate(
         list[str] | None, typer.Option("--lm-eval", metavar="TASK", help="Task of lm-eval; may be repeated.")
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval tasks of your own.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in front of each lm-eval question.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each lm-eval task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question of lm-eval.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of examples of each lm-eval task.")] = None,
     max_line_bytes: MaxLineBytes = 1_000_000,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -320,9 +331,9 @@ def predict(
     model_dir: ModelDir,
     file: Annotated[
         Path | None,
-        typer.Argument(help="Text, one input per line, or .tsv or .jsonl (.gz, .xz and .bz2 too); default stdin."),
+        typer.Argument(help="Text with one input per line, .tsv or .jsonl (also .gz, .xz, .bz2); default: stdin."),
     ] = None,
-    source_field: Annotated[str, typer.Option(help="Column of a .tsv or field of a .jsonl that is the source.")] = "0",
+    source_field: Annotated[str, typer.Option(help="Source column of a .tsv or field of a .jsonl.")] = "0",
     prefix: Prefix = "",
     num_beams: Beams = 5,
     length_penalty: LengthPenalty = 1.0,
@@ -332,7 +343,7 @@ def predict(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Translate stdin or a file to stdout: one line out per line in, in order; an empty line stays empty."""
+    """Translate stdin or a file to stdout, one output line per input line, in order. Empty lines stay empty."""
     with _clean_errors(debug):
         _need_model(model_dir)
         _need_files(file)
@@ -368,11 +379,16 @@ def push(
     revision: Annotated[str | None, typer.Option("--revision", help="Branch to upload to.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     bundle_only: Annotated[
-        Path | None, typer.Option("--bundle-only", help="Write and verify the bundle there; upload nothing.")
+        Path | None,
+        typer.Option("--bundle-only", help="Write the bundle into this folder and verify it; upload nothing."),
     ] = None,
-    no_code: Annotated[bool, typer.Option("--no-code", help="Without the code for machines without urform.")] = False,
+    no_code: Annotated[
+        bool, typer.Option("--no-code", help="Leave out the code; the model then needs urform installed.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything except the upload.")] = False,
-    card_data: Annotated[Path | None, typer.Option("--card-data", help="YAML for the model card: docs/hub.md.")] = None,
+    card_data: Annotated[
+        Path | None, typer.Option("--card-data", help="YAML for the model card, see docs/hub.md.")
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -400,14 +416,14 @@ def push(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint (safetensors).")],
-    target: Annotated[Path, typer.Argument(help="Folder to make.")],
+    target: Annotated[Path, typer.Argument(help="Output folder.")],
     family: Annotated[
         str | None, typer.Option("--to", help="For a checkpoint of Urform: the family, e.g. llama; default its own.")
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Convert a checkpoint of another family to Urform, or one of Urform to a family; tensor by tensor."""
+    """Convert a checkpoint of another family to Urform, or a Urform checkpoint to a family. One tensor at a time."""
     with _clean_errors(debug):
         _set_up_logging(quiet=True)
         from ..conversion.checkpoints import convert_checkpoint
@@ -415,15 +431,19 @@ def convert(
         _put(str(convert_checkpoint(source, target, family, **({"revision": revision} if revision else {}))))
 
 
-doctor = typer.Typer(help="Self-tests: this machine's kernels, a model's masks, a bundle.", no_args_is_help=True)
+doctor = typer.Typer(
+    help="Tests: this machine's kernels, whether a model keeps texts apart, a published bundle.", no_args_is_help=True
+)
 app.add_typer(doctor, name="doctor")
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 
 
 @doctor.command()
 def kernels(
-    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default: the GPU if any.")] = None,
-    backends: Annotated[list[str] | None, typer.Option("--backend", help="Only this; may be repeated.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda; default: the GPU, if there is one.")
+    ] = None,
+    backends: Annotated[list[str] | None, typer.Option("--backend", help="Only this backend; may be repeated.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -440,7 +460,7 @@ def kernels(
 
 @doctor.command()
 def isolation(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of any transformers model that reads tokens.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of any model of transformers that reads tokens.")],
     attn: Annotated[str | None, typer.Option("--attn", help="attn_implementation; default: the model's own.")] = None,
     checks: Annotated[
         list[str] | None, typer.Option("--check", help="Only this check; may be repeated. See docs/doctor.md.")
@@ -451,7 +471,7 @@ def isolation(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say whether padding, packed neighbours or later tokens move a model's outputs; exit code 1 if one does."""
+    """Test whether padding, packed documents or later tokens change a model's outputs; exit code 1 if one does."""
     with _clean_errors(debug):
         _set_up_logging(quiet=True)
         from ..diagnostics.isolation import check_isolation
@@ -476,7 +496,7 @@ def bundle(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Compare every file of a published checkpoint with its stamp; exit code 1 if one was changed. Runs none of it."""
+    """Compare every file of a published checkpoint with its stamp; exit code 1 if one was changed. Runs no code."""
     with _clean_errors(debug):
         _set_up_logging(quiet=True)
         from ..diagnostics.bundle import check_bundle
@@ -489,7 +509,7 @@ def bundle(
 
 def main() -> None:
     """Entry point of the `urform` command."""
-    app()
+    app(prog_name="urform")
 
 
 if __name__ == "__main__":

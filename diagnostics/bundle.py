@@ -103,5 +103,5 @@ def _code_from_elsewhere(folder: Path, files: Any) -> list[str]:
         for auto, values in entries.items() if isinstance(entries, dict) else [("auto_map", entries)]:
             for value in values if isinstance(values, list) else [values]:
                 if value is not None and f"{str(value).partition('.')[0]}.py" not in files:
-                    faults.append(f"{name}: {auto} would run {value!r}, which is no file of this bundle")
+                    faults.append(f"{name}: {auto} would run {value!r}, which is not a file of this bundle")
     return faults

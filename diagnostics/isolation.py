@@ -1,6 +1,6 @@
 """`urform doctor isolation`: does a model of transformers keep padding and packed documents out of its outputs?
 
-The model is asked, not read: tokens that must not matter are exchanged for others, and the outputs of the tokens that
+The model is run, its code is not read: tokens that must not matter are replaced, and the outputs of the tokens that
 must not notice are compared. Three numbers go with each answer:
 
 - movement: how far those outputs moved (largest absolute difference);
@@ -85,7 +85,7 @@ def check_isolation(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> IsolationReport:
-    """Find out whether padding, packed neighbours or later tokens move a model's outputs.
+    """Test whether padding, packed documents or later tokens change a model's outputs.
 
     An object comes back as it was: mode, attention implementation, weights. It is run where and as it is.
 
@@ -103,7 +103,7 @@ def check_isolation(
     """
     for name in checks or ():
         if name not in CHECKS:
-            raise ValueError(f"checks holds {name!r}, which is not known; use some of {sorted(CHECKS)}")
+            raise ValueError(f"check {name!r} is unknown; use one of {sorted(CHECKS)}")
     _check_name(attn_implementation)
     if isinstance(model, PreTrainedModel):
         if dtype is not None or device is not None:
@@ -144,11 +144,11 @@ def _load(
 ) -> PreTrainedModel:
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} is no floating dtype of torch; use 'float32', 'bfloat16' or 'float16'")
+        raise ValueError(f"dtype={dtype!r} is not a floating dtype of torch; use 'float32', 'bfloat16' or 'float16'")
     try:
         place = torch.device(device or "cpu")
     except RuntimeError as error:
-        raise ValueError(f"device={device!r} is no device of torch; use 'cpu' or 'cuda'") from error
+        raise ValueError(f"device={device!r} is not a device of torch; use 'cpu' or 'cuda'") from error
     try:
         need_source(name)
         model = AutoModel.from_pretrained(

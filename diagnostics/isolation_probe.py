@@ -36,16 +36,16 @@ CHECKS: dict[str, str] = {
 _ADVICE = {
     "mask-function": "register a mask function under the same name: AttentionMaskInterface.register(name, sdpa_mask); "
     "without it transformers drops padding, packing and causality from the mask",
-    "padding": "use attn_implementation='sdpa', 'eager' or 'urform'; batches of rows of one length until then",
-    "cross-attention": "use attn_implementation='sdpa', 'eager' or 'urform'; sources of one length until then",
+    "padding": "use attn_implementation='sdpa', 'eager' or 'urform'; until then, batch rows of one length",
+    "cross-attention": "use attn_implementation='sdpa', 'eager' or 'urform'; until then, batch sources of one length",
     "causality": "use attn_implementation='sdpa', 'eager' or 'urform'; check that the mask function is registered",
     "packing-position-ids": "pass cu_seq_lens_q/k and max_length_q/k with attn_implementation='urform' or a flash "
-    "attention; position_ids alone are enough where the model hands them to an attention that reads them",
-    "packing-ones-mask": "leave attention_mask out where position_ids are packed, or use attn_implementation='urform' "
-    "(with cu_seq_lens_q/k, if the model does not hand position_ids to its attention)",
+    "attention; position_ids alone are enough if the model passes them to an attention that reads them",
+    "packing-ones-mask": "pass no attention_mask with packed position_ids, or use attn_implementation='urform' "
+    "(with cu_seq_lens_q/k, if the model does not pass position_ids to its attention)",
     "packing-cu-seqlens": "sdpa, eager and flex_attention ignore cu_seq_lens: use attn_implementation='urform' or a "
     "flash attention, which read them",
-    "packing-cache": "pass use_cache=False (transformers looks for documents only where there is no cache), or use "
+    "packing-cache": "pass use_cache=False (transformers looks for documents only without a cache), or use "
     "attn_implementation='urform'",
     "inconclusive": "look in float32 (--dtype float32), or at trained weights",
 }
@@ -289,8 +289,8 @@ class Probe:
             self.noise = max(_distance(first[side], second[side]) for side in first)
         except _RefusedError as error:
             raise ValueError(
-                f"model {type(self.model).__name__} refuses plain input_ids of shape (2, 7): {error}; "
-                "nothing can be asked of it"
+                f"model {type(self.model).__name__} rejects plain input_ids of shape (2, 7): {error}; "
+                "it cannot be tested"
             ) from error
         found = {check: self.ask(check, questions[check]) for check in CHECKS if check in checks and check in questions}
         structure = self.mask_function([c for c in found.values() if c.status == LEAKS])
@@ -319,7 +319,7 @@ class Probe:
             status, advice = INCONCLUSIVE, _ADVICE["inconclusive"]
             detail = f"the {finding.weak[0]}'s outputs hardly move for the tokens that they should see, or are NaN"
         elif finding.shifted:
-            status, detail = SHIFTED, f"{finding.shifted[0]}, as positions count from elsewhere; no content leaks"
+            status, detail = SHIFTED, f"{finding.shifted[0]}: its positions start elsewhere; no content leaks"
             advice = "pad on the right" if name == "padding-left" else "give this model one text per row"
         return IsolationCheck(
             name,
@@ -348,7 +348,7 @@ class Probe:
                 INCONCLUSIVE,
                 where=detail,
                 advice=_ADVICE["mask-function"],
-                detail="but nothing that was asked leaks",
+                detail="but none of the checks that ran found a leak",
             )
         return IsolationCheck(
             "mask-function",

@@ -180,7 +180,7 @@ class KernelReport:
 
 
 def _outcome(failure: str) -> str:
-    return f"FAILED, so attention() leaves it here: {failure}" if failure else "passed"
+    return f"FAILED, so attention() does not use it here: {failure}" if failure else "passed"
 
 
 def _cell(result: KernelResult | None) -> str:
@@ -207,7 +207,7 @@ def check_kernels(
         timing: also time a larger problem on each backend.
 
     Raises:
-        ValueError: the device does not exist here, a backend is not known, `dtypes` or `cases` is empty, or a dtype is
+        ValueError: the device does not exist here, a backend is unknown, `dtypes` or `cases` is empty, or a dtype is
             not floating point.
     """
     device = _find_device(device)
@@ -242,7 +242,7 @@ def _check_arguments(
     known = [*attention_backends(), LOSS]
     for name in backends or ():
         if name not in known:
-            raise ValueError(f"backends holds {name!r}, which is not known; use some of {known}")
+            raise ValueError(f"backend {name!r} is unknown; use one of {known}")
     return [name for name in known if backends is None or name in backends]
 
 
@@ -275,7 +275,7 @@ def _find_device(device: str | torch.device | None) -> torch.device:
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device={device!r} is no device of torch; use 'cpu' or 'cuda'") from error
+        raise ValueError(f"device={device!r} is not a device of torch; use 'cpu' or 'cuda'") from error
     if wanted.type != "cpu" and (accelerator is None or accelerator.type != wanted.type):
         raise ValueError(f"device={str(device)!r} is not on this machine; use 'cpu'" +
                          (f" or {accelerator.type!r}" if accelerator else ""))  # fmt: skip

@@ -11,7 +11,7 @@ from .card_snippets import auto_class
 from .training_record import TrainingRecord
 
 TASKS = {
-    "AutoModelForSeq2SeqLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text-generation",  # between two languages: "translation"
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
@@ -40,9 +40,10 @@ def make_metadata(
     """
     from huggingface_hub import ModelCardData
 
-    task = str(given.get("pipeline_tag") or TASKS.get(auto_class(config), "feature-extraction"))
+    languages = _languages(record, tags_for)
+    task = str(given.get("pipeline_tag") or _task(auto_class(config), given.get("language") or languages))
     found: dict[str, Any] = {
-        "language": _languages(record, tags_for),
+        "language": languages,
         "base_model": _base_model(record),
         "datasets": [name] if (name := record.recipe.get("data", {}).get("dataset_name")) else None,
         "library_name": "transformers",
@@ -55,6 +56,13 @@ def make_metadata(
     results = _eval_results(record, task, data_name(record, given))
     extra = dict(given.get("metadata") or {})
     return ModelCardData(**{k: v for k, v in found.items() if v is not None}, eval_results=results or None, **extra)
+
+
+def _task(auto: str, languages: Any) -> str:
+    """Return the task of the head of an Auto class. A sequence-to-sequence model of several languages translates."""
+    if auto == "AutoModelForSeq2SeqLM" and isinstance(languages, list) and len(languages) > 1:
+        return "translation"
+    return TASKS.get(auto, "feature-extraction")
 
 
 def _languages(record: TrainingRecord, tags_for: Iterable[str]) -> list[str] | None:

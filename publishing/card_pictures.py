@@ -10,7 +10,7 @@ CURVE_NAME, ALIGNMENT_NAME = "learning_curve.png", "attention_alignment.png"
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
@@ -41,7 +41,7 @@ def draw_curve(curve: dict[str, list[tuple[int, float]]], path: Path) -> bool:
 
 
 def draw_alignment(checkpoint: Path, text: str, path: Path) -> bool:
-    """Draw which source tokens the last decoder layer looks at for each token that it writes (mean over heads).
+    """Draw what the last decoder layer attends to for each token that it writes (mean over heads).
 
     As in Bahdanau et al. 2015 (arXiv:1409.0473), figure 3. False, and no file, where nothing is written.
     """
@@ -53,10 +53,15 @@ def draw_alignment(checkpoint: Path, text: str, path: Path) -> bool:
     figure = _figure(1.5 + 0.3 * len(source), 1.5 + 0.3 * len(written))
     axes = figure.add_subplot()
     axes.imshow(weights_TS.numpy(), cmap="gray_r", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(source)), source, rotation=90)
-    axes.set_yticks(range(len(written)), written)
+    axes.set_xticks(range(len(source)), [_visible(token) for token in source], rotation=90)
+    axes.set_yticks(range(len(written)), [_visible(token) for token in written])
     figure.savefig(path)
     return True
+
+
+def _visible(token: str) -> str:
+    """Return a token with its spaces as open boxes, which can be seen."""
+    return token.replace("▁", "␣").replace(" ", "␣")
 
 
 def alignment(checkpoint: Path, text: str) -> tuple[Any, list[str], list[str]]:

@@ -94,7 +94,7 @@ def snippets(config: dict[str, Any], repo_id: str, tokenizer: Any, text: str, co
             return f"import torch\n\nids = {ids}\nprint(model(input_ids=ids{decoder})[0].shape)"
         if auto == "AutoModelForCausalLM":
             ends = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
-            stop = "tokenizer.add_eos_token = False  # the prompt goes on\n" if ends else ""
+            stop = "tokenizer.add_eos_token = False  # so that generation continues the prompt\n" if ends else ""
             return stop + _USE["AutoModelForSeq2SeqLM"].format(text=quoted)
         if auto in _USE:
             return _USE[auto].format(text=quoted)

@@ -39,13 +39,13 @@ TEMPLATE = """\
 ## How to use
 {%- if not code %}
 
-This repository holds no code: urform has to be installed.
+This repository holds no code: urform must be installed.
 {%- endif %}
 
-Urform is on no package index; it is installed by {{ how_to_install }}.
+Urform is not on a package index yet. Install it with {{ how_to_install }}.
 {%- if verified %}
 
-Each of these was run before publication, as it stands here.
+Each of these snippets was run before publication, exactly as printed.
 {%- endif %}
 {%- for snippet in snippets %}
 
@@ -117,13 +117,13 @@ Energy, estimated: seconds x watts per device x devices / 3,600,000 = \
 
 ## Attention alignment
 
-Where the last decoder layer looks (mean over heads) while it writes; input below, output at the left.
+What the last decoder layer attends to (mean over heads) while it writes. Input below, output at the left.
 
 ![Attention alignment]({{ alignment_name }})
 {%- endif %}
 
 ## Limitations
-{% set ends = "Inputs end at %d tokens: positions are a learned table." % config.max_position_embeddings %}
+{% set ends = "Inputs are limited to %d tokens: positions are a learned table." % config.max_position_embeddings %}
 {%- set has_end = config.position_encoding == "learned" %}
 {%- if limitations %}
 {{ limitations }}
@@ -136,11 +136,11 @@ Where the last decoder layer looks (mean over heads) while it writes; input belo
 - {{ ends }}
 {%- endif %}
 {%- if record.results or record.test %}
-- Nothing is known of its quality beyond the results above.
+- Nothing is known about its quality beyond the results above.
 {%- else %}
 - No results are recorded: how good the model is was not measured, or not here.
 {%- endif %}
-- It repeats what its training data say, their errors and prejudices included.
+- It repeats what its training data say, including their errors and prejudices.
 {%- endif %}
 
 ## Checking the files

@@ -108,7 +108,7 @@ def make_card(
         parameters=_parameters(folder),
         record=record,
         results=_results(record),
-        arguments=[(name, f"`{_number(value)}`") for name, value in record.arguments.items()],
+        arguments=[(name, f"`{_number(value)}`") for name, value in _arguments_in_force(record).items()],
         data=data,
         data_name=data_name(record, given),
         limits=[name for name in ("max_source_length", "max_target_length", "tokens_per_batch") if data.get(name)],
@@ -139,7 +139,7 @@ def update_card(folder: Path, repo_id: str, record: TrainingRecord, given: Mappi
 
 
 def is_placeholder(card: Path) -> bool:
-    """Whether a card was made by a program (this one, transformers or Trainer) and not by a person."""
+    """Return whether a card was made by a program (this one, transformers or Trainer) and not by a person."""
     text = card.read_text(encoding="utf-8")
     return any(mark in text for mark in PLACEHOLDERS)
 
@@ -175,6 +175,15 @@ def _number(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def _arguments_in_force(record: TrainingRecord) -> dict[str, Any]:
+    """Return the training arguments that are set, without those that another one, or the recipe, overrides."""
+    arguments = record.arguments
+    overridden = {"num_train_epochs" if (arguments.get("max_steps") or 0) > 0 else "max_steps"}
+    if record.recipe.get("data", {}).get("tokens_per_batch"):
+        overridden.add("per_device_train_batch_size")
+    return {name: value for name, value in arguments.items() if value is not None and name not in overridden}
+
+
 def _results(record: TrainingRecord) -> list[tuple[str, str, str, str]]:
     """Return a row for each metric: its name, its value, the data, and how it was computed."""
     rows = [(metric, f"{value:.4g}", "validation", "") for metric, value in record.results.items()]
@@ -193,9 +202,9 @@ def _warn_of_missing_pictures(
     missing = ["the learning curve"] if any(len(points) > 1 for points in record.curve.values()) else []
     missing += ["the attention alignment"] if _can_align(config, given, tokenizer) else []
     if missing:
-        remedy = f"pip install matplotlib (or {install_command('hub')}), and publish again"
+        remedy = f"Run: pip install matplotlib (or {install_command('hub')}), and publish again"
         warnings.warn(
-            f"the model card is written without {' and '.join(missing)}, for matplotlib is not installed: {remedy}",
+            f"the model card is written without {' and '.join(missing)}: matplotlib is not installed. {remedy}",
             UserWarning,
             stacklevel=3,
         )

@@ -88,7 +88,7 @@ def record_of(state: Any, arguments: Any) -> TrainingRecord:
 def _told(arguments: Any) -> dict[str, Any]:
     import torch
 
-    device = platform.processor() or platform.machine()
+    device = _processor()
     if arguments.device.type == "cuda":
         device = torch.cuda.get_device_name(arguments.device)
     elif arguments.device.type != "cpu":
@@ -96,6 +96,14 @@ def _told(arguments: Any) -> dict[str, Any]:
     values = {name: value for name, value in arguments.to_dict().items() if name in TOLD}
     on_gpu = arguments.device.type != "cpu"
     return {"arguments": values, "processes": arguments.world_size, "device": device, "on_gpu": on_gpu}
+
+
+def _processor() -> str:
+    """Return the processor's name; where the system does not tell it, its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
+    name = re.search(r"^model name\s*:\s*(.*\S)", text, re.MULTILINE)
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 def _check(path: Path, fields: Any, kinds: dict[str, Any], section: str = "") -> dict[str, Any]:

@@ -96,7 +96,9 @@ def verify_bundle(
         codes = list(card_snippets(bundle))
         outputs = _run_bundle(bundle, repo_id or _name_in(codes), home, codes)
         _compare(outputs)
-    say("loads without urform, outputs equal" if len(outputs) > 1 else "loads with the installed urform")
+    if len(outputs) > 1:
+        say("loads and runs without urform, by trust_remote_code=True")
+    say("loads and runs with the installed urform" + (", with the same outputs to the bit" if len(outputs) > 1 else ""))
     if codes:
         say(f"{len(codes)} snippets of the card ran")
 

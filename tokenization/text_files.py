@@ -114,5 +114,6 @@ def unencodable(text: str) -> str | None:
     """Say which character of a text UTF-8 cannot hold (half of a surrogate pair, as a cut emoji leaves it), or None."""
     found = None if text.isascii() else _SURROGATE.search(text)
     return (
-        found and f"{found[0]!r} at character {found.start()} is half of a character that was cut in two: mend the text"
+        found
+        and f"{found[0]!r} at character {found.start()} is half of a character that was cut in two: correct the text"
     )

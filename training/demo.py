@@ -1,4 +1,4 @@
-"""The demonstration: from nothing to a trained translator of dates, amounts and names, in minutes on two cores."""
+"""The demonstration: from scratch to a trained translator of dates, amounts and names, in minutes on two cores."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def demo(
     say(f"corpus: {train_phrases} phrases to train on, {test_phrases} held out, e.g.")
     recipe = load_recipe("demo", [f"data.data_dir={folder / 'data'}", *overrides], output_dir=folder / "model")
     test: list[tuple[str, str]] = list(read_split(recipe.data, "test"))
-    for source, target in test[:4]:
+    for source, target in sorted(test, key=_is_copy)[:4]:
         say(f"    {source}  ->  {target}")
 
     before = _untrained(recipe, test[: min(200, len(test))], seed)
@@ -112,8 +112,17 @@ def demo(
     for source, translation in translations:
         say(f"    {source}  ->  {translation}")
     seconds = time.monotonic() - start
-    say(f"done in {seconds:.0f} s")
+    say(f"done in {seconds:.0f} s; what to try next:")
+    say(f"    echo '{wanted[0]}' | urform predict {result.output_dir}")
+    say(
+        f"    urform push {result.output_dir} --bundle-only outputs/bundle    # or --repo-id NAMESPACE/NAME: publish it"
+    )
     return DemoResult(before, after, shares, translations, seconds, result.metrics["num_parameters"])
+
+
+def _is_copy(pair: tuple[str, str]) -> bool:
+    """Return whether the target of a pair is its source without the language tag."""
+    return pair[0].partition("> ")[2] == pair[1]
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def normalize_language(code: str) -> str:
     """
     match = _TAG.fullmatch(code.replace("_", "-").lower()) if isinstance(code, str) else None
     if match is None:
-        raise ValueError(f"language={code!r} is no language code: use a code such as de, pt-BR, cmn or zho_Hans")
+        raise ValueError(f"language={code!r} is not a language code: use a code such as de, pt-BR, cmn or zho_Hans")
     subtag, script, region = match["language"], match["script"], match["region"]
     if script is not None and script.title() not in _SCRIPTS:
         raise ValueError(f"language={code!r}: the script {script.title()!r} is unknown: use an ISO 15924 code, or none")

@@ -48,6 +48,7 @@ __all__ = [
     "ModelArguments",
     "Recipe",
     "TokenizerArguments",
+    "describe_recipes",
     "list_recipes",
     "load_recipe",
     "read_recipe",
@@ -229,6 +230,11 @@ def list_recipes() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
+def describe_recipes() -> dict[str, str]:
+    """Return a line of description for each recipe in the package: the first line of its opening comment."""
+    return {name: _read(name)[0].partition("\n")[0].lstrip("# ") for name in list_recipes()}
+
+
 def _read(name: str | Path) -> tuple[str, str]:
     """Return the text of a recipe and its name in messages."""
     path = Path(name)
@@ -239,7 +245,8 @@ def _read(name: str | Path) -> tuple[str, str]:
         item = importlib.resources.files(__package__) / "recipes" / f"{name}.yaml"
         return item.read_text(encoding="utf-8"), f"recipe {name}"
     raise FileNotFoundError(
-        f"no recipe {str(name)!r}: neither a file nor one of {', '.join(known)}{_nearest(str(name), known)}"
+        f"no recipe {str(name)!r}: not a file, and not one of the recipes {', '.join(known)}"
+        f"{_nearest(str(name), known)}"
     )
 
 

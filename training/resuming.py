@@ -350,7 +350,7 @@ def _refusal(folder: Path, changes: Mapping[str, tuple[Any, Any]], fixed: list[s
         )
     if asked:
         flags = " ".join(f"--allow-change {key.partition(' ')[0]}" for key in asked)
-        lines.append(f"To go on all the same, which is no longer the run that was begun: {flags}")
+        lines.append(f"To continue all the same (it is then no longer the same run): {flags}")
     lines.append(
         "max_steps, num_train_epochs, the run section, and what says how to log, save, evaluate and publish may change."
     )

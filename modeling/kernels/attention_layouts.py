@@ -93,7 +93,7 @@ class Layout:
         if torch.compiler.is_compiling():
             if max_length is None:
                 raise ValueError(
-                    "max_length=None needs cu_seqlens on the host, which a compiled graph has not; pass it"
+                    "max_length=None needs cu_seqlens on the host, which a compiled graph does not have; pass it"
                 )
         elif max_length is None or cu_seqlens.device.type == "cpu":
             sizes = _checked_sizes(cu_seqlens.tolist(), max_length)

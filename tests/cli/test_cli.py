@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +55,19 @@ def test_help_is_quick_and_imports_no_torch(verb: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
     assert time.monotonic() - start < 10
+
+
+def test_usage_names_the_command() -> None:
+    """Also where the module is run: `accelerate launch -m urform.cli.main`."""
+    for arguments in ([], ["train"], ["doctor", "kernels"]):
+        assert f"Usage: {' '.join(['urform', *arguments])} [OPTIONS]" in urform(*arguments, "--help").stdout
+
+
+def test_list_describes_every_recipe() -> None:
+    lines = CliRunner().invoke(app, ["train", "--list"]).stdout.splitlines()
+    described = dict(re.split(r"\s{2,}", line) for line in lines)
+    assert {"demo", "multi30k-en-de", "translation"} <= described.keys()
+    assert "`urform demo`" in described["demo"] and all(len(line) <= 130 for line in lines)
 
 
 def test_user_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
@@ -232,7 +246,7 @@ def test_ctrl_c_exits_130_and_resume_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "--resume goes on" in errors.splitlines()[-1] and "Traceback" not in errors
+    assert "--resume continues" in errors.splitlines()[-1] and "Traceback" not in errors
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
     done = urform("train", recipe, f"max_steps={step + 2}", "-o", tmp_path / "out", "--resume", "--quiet")

@@ -293,7 +293,7 @@ def test_the_model_comes_back_as_it_was() -> None:
     [
         (dict(model="no/such folder"), r"model='no/such folder' could not be loaded .*config.json"),
         (dict(attn_implementation="sdpaa"), r"attn_implementation='sdpaa' .*use one of .*'eager'.*'urform'"),
-        (dict(checks=["paddling"]), r"checks holds 'paddling'.*padding-left"),
+        (dict(checks=["paddling"]), r"check 'paddling' is unknown.*padding-left"),
         (dict(model=nn.Linear(2, 2)), r"model is a Linear, not a PreTrainedModel"),
         (dict(dtype="float32"), r"dtype and device are for a folder"),
         (dict(model="x", dtype="int8"), r"dtype='int8' .*'bfloat16'"),
@@ -464,7 +464,7 @@ def test_what_cannot_run_here_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_failed_proof_fails_the_report_and_the_cases_still_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that `attention()` has left is measured all the same, and its proof's outcome stands in the report."""
     monkeypatch.setattr(attention_proof, "OUTCOMES", {})
-    for run, outcome in ((broken(causal=False), "FAILED, so attention() leaves it here: "), (broken(), "passed")):
+    for run, outcome in ((broken(causal=False), "FAILED, so attention() does not use it here: "), (broken(), "passed")):
         attention_proof.OUTCOMES.clear()
         proving = Backend(run, frozenset(FEATURES), proofs=attention_proof.TRITON_CASES)
         monkeypatch.setitem(attention_dispatch.BACKENDS, "broken", proving)
@@ -499,11 +499,11 @@ def test_the_yardstick_is_the_definition(case: KernelCase) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(device="gpu"), "device='gpu' is no device"),
+        (dict(device="gpu"), "device='gpu' is not a device"),
         (dict(device="meta"), "device='meta' is not on this machine; use 'cpu'"),
         (dict(dtypes=(torch.int32,)), "dtypes holds torch.int32"),
         (dict(cases=()), "cases .0 given. must each hold"),
-        (dict(backends=["tritton"]), "backends holds 'tritton'.*'reference'"),
+        (dict(backends=["tritton"]), "backend 'tritton' is unknown.*'reference'"),
     ],
 )
 def test_wrong_arguments_of_check_kernels(arguments: dict[str, Any], message: str) -> None:
@@ -557,7 +557,7 @@ def test_command_refusals(bert: str, tmp_path: Path) -> None:
     for arguments, message in (
         (["isolation", str(tmp_path / "none")], "could not be loaded"),
         (["isolation", bert, "--attn", "sdpaa"], "attn_implementation='sdpaa' is not known"),
-        (["isolation", bert, "--check", "x"], "checks holds 'x'"),
+        (["isolation", bert, "--check", "x"], "check 'x' is unknown"),
         (["isolation", bert, "--dtype", "x"], "dtype='x'"),
         (["kernels", "--device", "x"], "device='x'"),
     ):

@@ -299,7 +299,8 @@ def test_bundle_only_writes_and_verifies(checkpoint: Path, tmp_path: Path, capsy
     bundle = tmp_path / "bundle"
     assert hub_upload.main([str(checkpoint), "--bundle-only", str(bundle), "--repo-id", "me/it"]) == 0
     out = capsys.readouterr().out
-    assert "verified: loads without urform, outputs equal" in out and "verified: 3 snippets of the card ran" in out
+    assert "verified: loads and runs without urform" in out and "verified: 3 snippets of the card ran" in out
+    assert "verified: loads and runs with the installed urform, with the same outputs to the bit" in out
     assert "not published: training_args.bin" in out and "nothing is uploaded" in out
     assert not (bundle / "training_args.bin").exists()
     assert (bundle / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()

@@ -1,17 +1,20 @@
 """Model cards: what they say is what the run left behind; the Hub takes their metadata; their snippets run."""
 
 import json
+import platform
 import re
 import shutil
 import urllib.request
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from numerics import assert_within, exact
+from transformers import TrainerState, TrainingArguments
 
 import urform
 from urform import hub_upload
@@ -78,7 +81,7 @@ def validated(card: ModelCard) -> ModelCard:
 def test_card_tells_what_the_run_left(trained: Path, tmp_path: Path):
     card = validated(card_of(trained, tmp_path / "b"))
     data = card.data
-    assert data.pipeline_tag == "text-generation" and data.library_name == "transformers"
+    assert data.pipeline_tag == "translation" and data.library_name == "transformers"
     assert data.language == ["de", "en", "fi", "zh"] and {"urform", "encoder-decoder"} <= set(data.tags)
     assert data.base_model is None  # a folder of the author's is nothing to others
     results = {(r.metric_type, r.dataset_split): r for r in data.eval_results}
@@ -178,7 +181,7 @@ def test_texts_are_added_to_what_is_known(trained: Path, tmp_path: Path, field: 
         f"{count:,} parameters",
         "positions: learned",
         "Data: multi30k",
-        f"Inputs end at {model.config.max_position_embeddings} tokens",
+        f"Inputs are limited to {model.config.max_position_embeddings} tokens",
     ):
         assert known in text, known
 
@@ -217,6 +220,49 @@ def test_alignment_is_what_the_model_attends_to(trained: Path):
     assert_within(list(weights_TS), *looked)
     generated = results[0]
     assert tokenizer.convert_ids_to_tokens(generated.sequences[0, 1:].tolist()) == written[:5]
+
+
+def test_labels_of_the_alignment_can_be_seen(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A token that is a space has a label."""
+    matplotlib = pytest.importorskip("matplotlib.figure", reason="the pictures of model cards need matplotlib")
+    figures: list[Any] = []
+    drawn = (torch.ones(2, 2), ["▁", "▁da"], [" ", "a"])
+    monkeypatch.setattr(card_pictures, "alignment", lambda *arguments: drawn)
+    monkeypatch.setattr(
+        card_pictures, "_figure", lambda w, h: figures.append(matplotlib.Figure(figsize=(w, h))) or figures[0]
+    )
+    assert card_pictures.draw_alignment(trained, "a", tmp_path / "a.png")
+    (axes,) = figures[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["␣", "a"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["␣", "␣da"]
+
+
+@pytest.mark.parametrize("max_steps, tokens", [(-1, None), (400, None), (400, 8192)])
+def test_card_lists_the_arguments_in_force(trained: Path, tmp_path: Path, max_steps: int, tokens: int | None):
+    """max_steps overrides epochs, a budget of tokens the batch size."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    arguments = {"max_steps": max_steps, "num_train_epochs": 3, "per_device_train_batch_size": 8}
+    (run / "training_args.json").write_text(json.dumps({"arguments": arguments}))
+    (run / "recipe.yaml").write_text(json.dumps({"data": {"tokens_per_batch": tokens}}))
+    text = card_of(run, tmp_path / "b").text
+    assert ("| num_train_epochs | `3` |" in text) == (max_steps < 0) == ("| max_steps" not in text)
+    assert ("| per_device_train_batch_size | `8` |" in text) == (tokens is None) == ("tokens_per_batch" not in text)
+
+
+@pytest.mark.parametrize(("languages", "task"), [(["de", "en"], "translation"), ("de", "text-generation")])
+def test_a_model_of_several_languages_translates(trained: Path, tmp_path: Path, languages: Any, task: str):
+    card = card_of(trained, tmp_path / "b", card_data={"language": languages})
+    assert card.data.pipeline_tag == task
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="only Linux tells the name of its processor")
+def test_the_device_is_the_processors_name(monkeypatch: pytest.MonkeyPatch):
+    told = "processor\t: 0\nmodel name\t: A Processor @ 2 GHz \n"
+    monkeypatch.setattr(Path, "read_text", lambda *arguments, **options: told)
+    arguments = TrainingArguments("x", use_cpu=True)
+    assert training_record.record_of(TrainerState(), arguments).device == "A Processor @ 2 GHz"
+    monkeypatch.setattr(Path, "read_text", lambda *arguments, **options: "processor\t: 0\n")  # ARM
+    assert training_record.record_of(TrainerState(), arguments).device in (platform.processor(), platform.machine())
 
 
 def test_curve_is_what_was_logged():
