@@ -8,8 +8,10 @@ Shapes: B batch, L queries, S keys, H heads.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,14 @@ class Bias:
     def check(self, batch: int, heads: int, q_length: int, kv_length: int, *, packed: tuple[bool, bool]) -> None:
         """Raise ValueError unless the bias fits attention of these sizes."""
         raise NotImplementedError
+
+    def to(self, device: torch.device | str, **options: Any) -> Bias:
+        """Return the bias on a device, as `Tensor.to` does: accelerate moves a layer's arguments with it."""
+        if self.weight.device == torch.device(device):
+            return self
+        moved = copy.copy(self)
+        moved.weight = self.weight.to(device, **options)
+        return moved
 
     def narrow(self, sequences: Sequence[int] | None, q_length: int, kv_length: int) -> Bias:
         """Give the bias of some sequences (None: of all), cut to these lengths; positional biases give themselves."""

@@ -117,6 +117,21 @@ class Layout:
             mask_BL = torch.arange(length, device=device) < lengths_B[:, None]
         return cls(len(sizes), length, lengths_B, mask=mask_BL, known_sizes=tuple(sizes))
 
+    def to(self, device: torch.device | str, **options: Any) -> Layout:
+        """Return the layout on a device, as `Tensor.to` does: accelerate moves a layer's arguments with it."""
+        if self.lengths.device == torch.device(device):
+            return self
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, **options)
+
+        def make() -> Layout:
+            lengths = self.lengths.to(device, **options)
+            moved = (move(self.mask), move(self.cu_seqlens))
+            return Layout(self.batch, self.length, lengths, *moved, self.known_sizes, self.finite)
+
+        return self.once(("to", str(device)), make)
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Make something from this layout once, and keep it with the layout (not inside a compiled graph)."""
         if torch.compiler.is_compiling():

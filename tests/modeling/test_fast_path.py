@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from urform import Layout, UrformConfig, UrformForCausalLM
 from urform.modeling.kernels import loss_linear_cross_entropy as fused
 from urform.modeling.kernels.blockwise.attention_buckets import Limits
 
@@ -562,3 +563,29 @@ def test_hooks_on_the_projection_count(kind: str) -> None:
     HOOKS[kind](model.lm_head)
     outputs = model(**inputs)
     assert outputs.logits is not None and not torch.allclose(outputs.loss, before)
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi", "t5"])
+def test_what_a_layer_is_given_moves_to_its_device(position: str) -> None:
+    """A model that is spread over devices moves the arguments of each layer, layouts and biases too."""
+    from accelerate.utils import send_to_device
+
+    config = UrformConfig(
+        architecture="decoder",
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        position_encoding=position,
+    )
+    model = UrformForCausalLM(config).eval()
+    seen: list[Any] = []
+    layer = model.model.decoder.layers[0]
+    layer.register_forward_pre_hook(lambda module, args: seen.extend(send_to_device(args, "meta")))
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    model(torch.randint(3, 40, (2, 4)), attention_mask=mask, use_cache=False)
+    moved = [x for x in tree_leaves(seen) if x is not None and not isinstance(x, (bool, str))]
+    devices = {(x.weight if hasattr(x, "weight") else getattr(x, "lengths", x)).device.type for x in moved}
+    assert devices == {"meta"} and len(moved) >= 3
+    assert len({id(x) for x in moved if isinstance(x, Layout)}) == 1  # still one layout for queries and keys
