@@ -26,8 +26,9 @@ import copy
 import difflib
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import (
@@ -41,6 +42,7 @@ from transformers.utils.type_validators import interval
 
 from .checks_urform import (
     LARGEST,
+    Filled,
     check_architectures,
     check_dtype,
     check_nesting,
@@ -50,6 +52,7 @@ from .checks_urform import (
     check_size,
     check_source_weights,
     check_token_id,
+    filled,
 )
 from .combinations_urform import DECODER_SIZES, StackSizes, check_combinations, need
 from .presets_urform import PRESETS
@@ -98,7 +101,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
+    base_model_pp_plan: ClassVar[dict[str, Sequence[list[str]]] | None] = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
@@ -121,13 +124,13 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     num_attention_heads: int = 8
     """Query heads per layer."""
 
-    num_key_value_heads: int | None = None
+    num_key_value_heads: Filled[int] = None  # type: ignore[assignment]
     """Key/value heads. None: as many as query heads.
 
     Fewer than query heads is grouped-query attention (Ainslie et al. 2023), 1 is multi-query attention (Shazeer 2019).
     """
 
-    head_dim: int | None = None
+    head_dim: Filled[int] = None  # type: ignore[assignment]
     """Width of a head. None: `hidden_size // num_attention_heads`."""
 
     intermediate_size: int = 2048
@@ -209,7 +212,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     - `"tensor2tensor"`: in halves, with the lowest frequency at exactly 1/10000 (fairseq, M2M-100).
     """
 
-    rope_parameters: dict | None = None
+    rope_parameters: dict[Any, Any] | None = None
     """As in transformers: `rope_type`, `rope_theta`, `partial_rotary_factor` and the parameters of the scaling.
 
     One such dict per layer type is accepted, too (Gemma 3).
@@ -251,7 +254,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     A decoder's query sees that many keys, its own among them. An encoder's query sees that many on each side.
     """
 
-    layer_types: list[str] | None = None
+    layer_types: Filled[list[str]] = None  # type: ignore[assignment]
     """`"full_attention"` or `"sliding_attention"` for each layer. None: all full."""
 
     # --- Feed-forward -------------------------------------------------------------------------------------------------
@@ -372,14 +375,17 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     `to_transformers` converts back to it.
     """
 
-    source_fields: dict | None = None
+    source_fields: dict[Any, Any] | None = None
     """What that family's config held that changes no number here."""
 
-    source_weights: dict[str, list] | None = None
+    source_weights: dict[str, list[Any]] | None = None
     """{name there: [dtype, shape]} of tensors that have no place here (BERT's pooler).
 
     The model holds them as buffers that nothing reads.
     """
+
+    if TYPE_CHECKING:
+        num_labels: Filled[int] = None  # type: ignore[assignment]  # a property of `PreTrainedConfig`
 
     def __post_init__(self, **kwargs: Any) -> None:
         for alias in self.attribute_map.keys() & kwargs.keys():
@@ -391,7 +397,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         self.source_weights = copy.deepcopy(self.source_weights)
         self.is_encoder_decoder = self.architecture == "encoder-decoder"
         if self.architecture == "encoder":  # transformers takes a config with a plan for one that generates
-            self.base_model_tp_plan = None  # type: ignore[misc]  # the encoder's plan is on `UrformStack`
+            self.base_model_tp_plan = None  # type: ignore[misc, assignment]  # the encoder's plan is on `UrformStack`
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -445,23 +451,23 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
 
     def _resolve_decoder(self) -> None:
         """Fill the decoder's sizes in; transformers reads them by stripping the prefix, so None would reach it."""
-        own_heads = self.decoder_num_attention_heads is not None
-        if self.decoder_num_key_value_heads is None and own_heads:
-            self.decoder_num_key_value_heads = self.decoder_num_attention_heads
-        if self.decoder_head_dim is None and own_heads:
+        heads = self.decoder_num_attention_heads
+        if self.decoder_num_key_value_heads is None and heads is not None:
+            self.decoder_num_key_value_heads = heads
+        if self.decoder_head_dim is None and heads is not None:
             need(
-                self.hidden_size % self.decoder_num_attention_heads == 0,
-                f"hidden_size={self.hidden_size} is not a multiple of decoder_num_attention_heads="
-                f"{self.decoder_num_attention_heads}; change one of them or set decoder_head_dim",
+                self.hidden_size % heads == 0,
+                f"hidden_size={self.hidden_size} is not a multiple of decoder_num_attention_heads={heads}; change one "
+                "of them or set decoder_head_dim",
             )
-            self.decoder_head_dim = self.hidden_size // self.decoder_num_attention_heads
+            self.decoder_head_dim = self.hidden_size // heads
         for name in DECODER_SIZES:
             if getattr(self, f"decoder_{name}") is None:
                 setattr(self, f"decoder_{name}", getattr(self, name))
         if self.decoder_layer_types is None:
-            same = self.decoder_num_hidden_layers == self.num_hidden_layers
-            types = self.layer_types if same else ["full_attention"] * self.decoder_num_hidden_layers
-            self.decoder_layer_types = list(types)
+            layers = filled(self.decoder_num_hidden_layers)
+            same = layers == self.num_hidden_layers
+            self.decoder_layer_types = list(self.layer_types) if same else ["full_attention"] * layers
         if self.decoder_start_token_id is None:  # as fairseq and BART: labels may begin with bos themselves
             self.decoder_start_token_id = self.eos_token_id if isinstance(self.eos_token_id, int) else self.bos_token_id
 
@@ -469,9 +475,10 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         """Convert as the library does, for RoPE only; refuse rotary settings with another position encoding."""
         if self.position_encoding == "rope" and self.rope_is_per_layer_type:  # transformers 5.17 expects the flat form
             theta = kwargs.pop("rope_theta", self.default_theta)
-            for kind, parameters in self.rope_parameters.items():
+            per_type = filled(self.rope_parameters)
+            for kind, parameters in per_type.items():
                 need(isinstance(parameters, dict), f"rope_parameters[{kind!r}]={parameters!r} must be a dict")
-            for parameters in self.rope_parameters.values():
+            for parameters in per_type.values():
                 parameters.setdefault("rope_theta", theta)
             self.standardize_rope_params()
             return kwargs
@@ -492,7 +499,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         return self._attn_implementation_internal
 
     @_attn_implementation.setter
-    def _attn_implementation(self, value: str | dict | None) -> None:
+    def _attn_implementation(self, value: str | dict[str, Any] | None) -> None:
         """Set it as the library does, and remember whether anybody named one; if nobody did, it is Urform's own."""
         PreTrainedConfig._attn_implementation.fset(self, value)  # type: ignore[attr-defined]
         if not isinstance(value, dict) or "" in value:
@@ -505,7 +512,8 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     @property
     def rope_is_per_layer_type(self) -> bool:
         """Whether `rope_parameters` holds one dict per layer type."""
-        return bool(self.rope_parameters) and set(self.rope_parameters) <= {"full_attention", "sliding_attention"}
+        kinds = set(self.rope_parameters or ())
+        return bool(kinds) and kinds <= {"full_attention", "sliding_attention"}
 
     def stack_sizes(self, decoder: bool) -> StackSizes:
         """Return the sizes of the decoder or of the encoder; with one stack only, of that stack."""
@@ -575,11 +583,12 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         """Check that rotary parameters are known, complete and positive."""
         if self.position_encoding == "rope":
             kinds = {*(self.layer_types or ()), *(self.decoder_layer_types or ())}
-            per_type = self.rope_is_per_layer_type
-            for kind in sorted(kinds & set(self.rope_parameters)) if per_type else [None]:
-                given = self.rope_parameters[kind] if kind else self.rope_parameters
-                where = f"rope_parameters[{kind!r}]" if kind else "rope_parameters"
-                check_rope(given, where, self.head_dim)
+            given = self.rope_parameters
+            if given is not None and self.rope_is_per_layer_type:
+                for kind in sorted(kinds & set(given)):
+                    check_rope(given[kind], f"rope_parameters[{kind!r}]", self.head_dim)
+            else:
+                check_rope(given, "rope_parameters", self.head_dim)
         super().validate_rope()
 
 
@@ -596,7 +605,7 @@ def _init(self: UrformConfig, *args: Any, **kwargs: Any) -> None:
         raise InvalidConfigError(str(error.__cause__ or error)) from error
 
 
-UrformConfig.__init__ = _init  # type: ignore[method-assign, assignment]
+UrformConfig.__init__ = _init  # type: ignore[method-assign]
 
 
 def list_presets() -> dict[str, str]:
