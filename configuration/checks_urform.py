@@ -1,14 +1,33 @@
 # Copyright 2026 The Urform authors. Licensed under the Apache License, Version 2.0.
 """What a field of `UrformConfig` may be, before anything is made of it: bounds, finite numbers, ids, rotary parameters.
 
-A function checks one kind of field and raises a ValueError with the field, its value and what to do.
+A function checks one kind of field and raises a ValueError with the field, its value and what to do. `Filled` is the
+type of a field that may be given as None and is never read as None.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
+
+T = TypeVar("T")
+if TYPE_CHECKING:
+
+    class Filled(Generic[T]):
+        """A field that may be given as None and that the config fills in: a reader never finds None."""
+
+        def __get__(self, config: Any, owner: Any) -> T: ...
+        def __set__(self, config: Any, value: T | None) -> None: ...
+
+else:
+
+    class Filled:
+        """What `@strict` checks: `Filled[int]` is `int | None`."""
+
+        def __class_getitem__(cls, kind: Any) -> Any:
+            return kind | None
+
 
 # At least ten times the largest that was ever published, so that a typing error or a forged file costs neither memory
 # nor time: DeepNet has 1,000 layers (Wang et al. 2022), XLM-V 10**6 tokens (Liang et al. 2023), MT-NLG 20,480 features
@@ -46,6 +65,17 @@ _ROPE_POSITIVE = (
     "rope_theta factor attention_factor original_max_position_embeddings low_freq_factor high_freq_factor "
     "beta_fast beta_slow"
 ).split()
+
+
+def filled(value: T | None) -> T:
+    """Return the value of a field that is None only where the config's other fields make it meaningless.
+
+    Raises:
+        ValueError: It is None: the config was not made by its class.
+    """
+    if value is None:
+        raise ValueError("a field that UrformConfig fills in is None; make the config with UrformConfig(...)")
+    return value
 
 
 def check_object(value: Any, where: str) -> None:

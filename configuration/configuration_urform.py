@@ -28,7 +28,7 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import (
@@ -42,6 +42,7 @@ from transformers.utils.type_validators import interval
 
 from .checks_urform import (
     LARGEST,
+    Filled,
     check_architectures,
     check_dtype,
     check_nesting,
@@ -51,6 +52,7 @@ from .checks_urform import (
     check_size,
     check_source_weights,
     check_token_id,
+    filled,
 )
 from .combinations_urform import DECODER_SIZES, StackSizes, check_combinations, need
 from .presets_urform import PRESETS
@@ -122,13 +124,13 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     num_attention_heads: int = 8
     """Query heads per layer."""
 
-    num_key_value_heads: int | None = None
+    num_key_value_heads: Filled[int] = None  # type: ignore[assignment]
     """Key/value heads. None: as many as query heads.
 
     Fewer than query heads is grouped-query attention (Ainslie et al. 2023), 1 is multi-query attention (Shazeer 2019).
     """
 
-    head_dim: int | None = None
+    head_dim: Filled[int] = None  # type: ignore[assignment]
     """Width of a head. None: `hidden_size // num_attention_heads`."""
 
     intermediate_size: int = 2048
@@ -252,7 +254,7 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     A decoder's query sees that many keys, its own among them. An encoder's query sees that many on each side.
     """
 
-    layer_types: list[str] | None = None
+    layer_types: Filled[list[str]] = None  # type: ignore[assignment]
     """`"full_attention"` or `"sliding_attention"` for each layer. None: all full."""
 
     # --- Feed-forward -------------------------------------------------------------------------------------------------
@@ -382,6 +384,9 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
     The model holds them as buffers that nothing reads.
     """
 
+    if TYPE_CHECKING:
+        num_labels: Filled[int] = None  # type: ignore[assignment]  # a property of `PreTrainedConfig`
+
     def __post_init__(self, **kwargs: Any) -> None:
         for alias in self.attribute_map.keys() & kwargs.keys():
             setattr(self, alias, kwargs.pop(alias))
@@ -452,17 +457,17 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         if self.decoder_head_dim is None and heads is not None:
             need(
                 self.hidden_size % heads == 0,
-                f"hidden_size={self.hidden_size} is not a multiple of decoder_num_attention_heads={heads}; "
-                "change one of them or set decoder_head_dim",
+                f"hidden_size={self.hidden_size} is not a multiple of decoder_num_attention_heads={heads}; change one "
+                "of them or set decoder_head_dim",
             )
             self.decoder_head_dim = self.hidden_size // heads
         for name in DECODER_SIZES:
             if getattr(self, f"decoder_{name}") is None:
                 setattr(self, f"decoder_{name}", getattr(self, name))
         if self.decoder_layer_types is None:
-            layers = self.decoder_num_hidden_layers or self.num_hidden_layers
-            same = self.layer_types is not None and layers == self.num_hidden_layers
-            self.decoder_layer_types = list(self.layer_types or ()) if same else ["full_attention"] * layers
+            layers = filled(self.decoder_num_hidden_layers)
+            same = layers == self.num_hidden_layers
+            self.decoder_layer_types = list(self.layer_types) if same else ["full_attention"] * layers
         if self.decoder_start_token_id is None:  # as fairseq and BART: labels may begin with bos themselves
             self.decoder_start_token_id = self.eos_token_id if isinstance(self.eos_token_id, int) else self.bos_token_id
 
@@ -470,10 +475,10 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         """Convert as the library does, for RoPE only; refuse rotary settings with another position encoding."""
         if self.position_encoding == "rope" and self.rope_is_per_layer_type:  # transformers 5.17 expects the flat form
             theta = kwargs.pop("rope_theta", self.default_theta)
-            rope = self.rope_parameters or {}
-            for kind, parameters in rope.items():
+            per_type = filled(self.rope_parameters)
+            for kind, parameters in per_type.items():
                 need(isinstance(parameters, dict), f"rope_parameters[{kind!r}]={parameters!r} must be a dict")
-            for parameters in rope.values():
+            for parameters in per_type.values():
                 parameters.setdefault("rope_theta", theta)
             self.standardize_rope_params()
             return kwargs
@@ -578,12 +583,12 @@ class UrformConfig(BundledCodeMixin, PreTrainedConfig):
         """Check that rotary parameters are known, complete and positive."""
         if self.position_encoding == "rope":
             kinds = {*(self.layer_types or ()), *(self.decoder_layer_types or ())}
-            rope, head_dim = self.rope_parameters, self.stack_sizes(decoder=False).head_dim
-            if rope is not None and self.rope_is_per_layer_type:
-                for kind in sorted(kinds & set(rope)):
-                    check_rope(rope[kind], f"rope_parameters[{kind!r}]", head_dim)
+            given = self.rope_parameters
+            if given is not None and self.rope_is_per_layer_type:
+                for kind in sorted(kinds & set(given)):
+                    check_rope(given[kind], f"rope_parameters[{kind!r}]", self.head_dim)
             else:
-                check_rope(rope, "rope_parameters", head_dim)
+                check_rope(given, "rope_parameters", self.head_dim)
         super().validate_rope()
 
 

@@ -16,12 +16,12 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ..configuration.checks_urform import check_size
+from ..configuration.checks_urform import check_size, filled
 from ..configuration.configuration_urform import UrformConfig
 from ..configuration.unknown_fields import READ_BY_LIBRARY
 from ..modeling import modeling_urform
 from .families import FAMILIES
-from .family import TOKEN_IDS, Family, Head, filled
+from .family import TOKEN_IDS, Family, Head
 
 # What no config field says about numbers, on either side.
 _BOOKKEEPING = frozenset(
@@ -157,7 +157,7 @@ def _or(value: Any, default: Any) -> Any:
 
 # Fields that say one thing in several ways: the one way that is compared.
 _SPELLED: dict[str, Callable[[_Use], Any]] = {
-    "attention_scale": lambda use: _or(use.config.attention_scale, filled(use.config.head_dim) ** -0.5),
+    "attention_scale": lambda use: _or(use.config.attention_scale, use.config.head_dim**-0.5),
     "attention_out_bias": lambda use: _or(use.config.attention_out_bias, use.config.attention_bias),
     "final_norm": lambda use: _or(use.config.final_norm, use.config.norm_position != "post"),
     "classifier_pooling": lambda use: (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..configuration.configuration_urform import UrformConfig
-from .family import INTERLEAVED, PARTS, TRANSPOSED, TRANSPOSED_PARTS, Axis, Family, Head, Rule, filled, modules, same
+from .family import INTERLEAVED, PARTS, TRANSPOSED, TRANSPOSED_PARTS, Axis, Family, Head, Rule, modules, same
 
 
 def _heads(
@@ -355,7 +355,7 @@ MISTRAL = Family(
                 * ["full_attention" if stock.sliding_window is None else "sliding_attention"],
             },
             lambda config: {
-                "sliding_window": config.sliding_window if "sliding_attention" in filled(config.layer_types) else None
+                "sliding_window": config.sliding_window if "sliding_attention" in config.layer_types else None
             },
         ),
     ),
@@ -367,7 +367,7 @@ _QWEN_WINDOW = Axis(
     lambda config: {
         "sliding_window": config.sliding_window,
         "use_sliding_window": config.sliding_window is not None,
-        "layer_types": list(filled(config.layer_types)),
+        "layer_types": list(config.layer_types),
     },
 )
 _QWEN = {**_LLAMA, "mlp_bias": False}
@@ -388,7 +388,7 @@ QWEN2 = Family(
             lambda stock: {"head_dim": getattr(stock, "head_dim", None)},
             lambda config: (
                 {}
-                if filled(config.head_dim) * config.num_attention_heads == config.hidden_size
+                if config.head_dim * config.num_attention_heads == config.hidden_size
                 else {"head_dim": config.head_dim}
             ),
         ),
@@ -410,7 +410,7 @@ QWEN3 = Family(
 
 def _query_scalar(config: UrformConfig) -> int:
     """Return `query_pre_attn_scalar`, an integer whose root divides the scores."""
-    return filled(config.head_dim) if config.attention_scale is None else round(config.attention_scale**-2)
+    return config.head_dim if config.attention_scale is None else round(config.attention_scale**-2)
 
 
 _GEMMA = {

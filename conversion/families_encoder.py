@@ -5,7 +5,7 @@ from typing import Any
 
 from ..configuration.configuration_urform import UrformConfig
 from .families_decoder import ROPE, USUAL_HEAD_DIM, classifier_rate, rope_per_type
-from .family import PARTS, TWICE, Axis, Family, Head, Rule, filled, modules, same
+from .family import PARTS, TWICE, Axis, Family, Head, Rule, modules, same
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 _OUTPUT = {"classifier": "classifier.out_proj"}
@@ -247,7 +247,7 @@ def _modernbert_to_urform(stock: Any) -> dict[str, Any]:
 
 def _modernbert_to_stock(config: UrformConfig) -> dict[str, Any]:
     return {
-        "layer_types": list(filled(config.layer_types)),
+        "layer_types": list(config.layer_types),
         "local_attention": 128 if config.sliding_window is None else 2 * config.sliding_window,
         "classifier_pooling": "mean" if config.classifier_pooling == "mean" else "cls",
         "classifier_activation": config.classifier_activation or "gelu",

@@ -39,7 +39,7 @@ needs no mention); tied tensors (a rule for one name is enough, and a checkpoint
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,6 @@ from ..configuration.configuration_urform import UrformConfig
 Tensors = Sequence[Tensor]
 Shapes = Sequence[torch.Size]
 Fill = float | Callable[[torch.Size], Tensor]
-T = TypeVar("T")
 
 # Fields of the same name and meaning on both sides, for every family.
 COMMON = (
@@ -57,17 +56,6 @@ COMMON = (
     "bos_token_id eos_token_id tie_word_embeddings"
 ).split()
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-
-
-def filled(value: T | None) -> T:
-    """Return the value of a field that the config itself fills in where the caller leaves it out.
-
-    Raises:
-        ValueError: It is None: the config was not made by its class.
-    """
-    if value is None:
-        raise ValueError("a field that UrformConfig fills in is None; make the config with UrformConfig(...)")
-    return value
 
 
 class Op(NamedTuple):
