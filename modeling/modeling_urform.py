@@ -415,7 +415,7 @@ class UrformForSequenceClassification(UrformPreTrainedModel):
     def __init__(self, config: UrformConfig):
         super().__init__(config)
         self.model = UrformModel(config)
-        self.classifier = UrformClassifier(config, cast(int, config.num_labels))
+        self.classifier = UrformClassifier(config, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -475,7 +475,7 @@ class UrformForTokenClassification(UrformPreTrainedModel):
     def __init__(self, config: UrformConfig):
         super().__init__(config)
         self.model = UrformModel(config)
-        self.classifier = UrformClassifier(config, cast(int, config.num_labels), dense=config.token_classifier_dense)
+        self.classifier = UrformClassifier(config, config.num_labels, dense=config.token_classifier_dense)
         self.post_init()
 
     @can_return_tuple
