@@ -21,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
+from ..configuration.checks_urform import filled
 from ..configuration.configuration_urform import UrformConfig
 from .kernels.attention_biases import ALiBi, Bias, DenseBias, T5Bias
 from .kernels.attention_dispatch import attention
@@ -127,9 +128,9 @@ class UrformRotaryEmbedding(nn.Module):
         super().__init__()
         if config.rope_is_per_layer_type:  # transformers' functions then see the flat form
             config = copy.deepcopy(config)
-            config.rope_parameters = self.rope_of(config)[layer_type]
+            config.rope_parameters = filled(config.rope_parameters)[layer_type]
         self.config = config
-        self.rope_type = self.rope_of(config)["rope_type"]
+        self.rope_type = filled(config.rope_parameters)["rope_type"]
         self.frequencies = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
         self.depends_on_length = self.rope_type in ("dynamic", "longrope")
         inv_freq, self.attention_scaling = self.frequencies(config)
@@ -137,14 +138,9 @@ class UrformRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def rope_of(config: UrformConfig) -> dict[str, Any]:
-        """Return the config's, which a model with rotary positions always has."""
-        return cast(dict[str, Any], config.rope_parameters)
-
-    @staticmethod
     def compute_default_rope_parameters(config: UrformConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
         """Return inverse frequencies of the unscaled form, over the rotated part of the head."""
-        rope = UrformRotaryEmbedding.rope_of(config)
+        rope = filled(config.rope_parameters)
         size = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
         exponent = torch.arange(0, size, 2, dtype=torch.int64).float() / size
         return 1.0 / rope["rope_theta"] ** exponent, 1.0
@@ -163,7 +159,7 @@ class UrformRotaryEmbedding(nn.Module):
         """Return inverse frequencies `[B, L, R / 2]` of tokens whose sequences have these `lengths` `[B, L]`."""
         device = lengths.device
         if self.rope_type == "longrope":
-            longest = self.rope_of(self.config)["original_max_position_embeddings"]
+            longest = filled(self.config.rope_parameters)["original_max_position_embeddings"]
             extended, _ = self.frequencies(self.config, device, seq_len=longest + 1)
             return torch.where(lengths[..., None] > longest, extended, self.original_inv_freq.to(device))
         scaled, _ = self.frequencies(self.config, device, seq_len=lengths[..., None])
