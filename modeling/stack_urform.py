@@ -233,12 +233,12 @@ class UrformStack(UrformPreTrainedModel):
             first, last = (int(x) for x in position_ids.aminmax())
             if last - first < position_ids.numel():
                 places, index = torch.arange(first, last + 1), position_ids - first
-        waves = sinusoidal_positions(
+        sinusoids = sinusoidal_positions(
             places + config.position_offset, config.hidden_size, dtype, config.sinusoidal_layout
         )
         if config.position_counting == "tokens":  # padding, at -1, has none
-            waves = waves * (places >= 0)[..., None]
-        return waves if index is None else waves[index]
+            sinusoids = sinusoids * (places >= 0)[..., None]
+        return sinusoids if index is None else sinusoids[index]
 
     def _add_positions(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
         """Add absolute positions `[B, L]`; raise ValueError for those beyond a learned table."""
