@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from urform.configuration.checkpoint_files import read_json, refuse_links
 from urform.configuration.heads_urform import auto_map
@@ -138,7 +138,7 @@ def upload_bundle(
         raise ValueError(f"{repo_id} exists and is public; make it private in its settings, or choose another name.")
     operations = _operations(api, repo_id, state, folder, say)
     try:
-        made = _commit(api, repo_id, operations, folder, state.sha or "", revision, create_pr, say)
+        made = _commit(api, operations, folder, _Place(repo_id, state.sha or "", revision, create_pr), say)
     except Exception as error:
         if not _is_of_the_network(error):
             raise
@@ -178,18 +178,18 @@ def _belonged(api: Any, repo_id: str, sha: str, present: set[str]) -> set[str]:
     return old
 
 
-def _commit(
-    api: Any,
-    repo_id: str,
-    operations: list[Any],
-    folder: Path,
-    parent: str,
-    revision: str | None,
-    create_pr: bool,
-    say: Say,
-    tries: int = 4,
-) -> Any:
+class _Place(NamedTuple):
+    """Where a commit goes: the repository and its state before, the branch, and whether as a pull request."""
+
+    repo_id: str
+    parent: str
+    revision: str | None
+    create_pr: bool
+
+
+def _commit(api: Any, operations: list[Any], folder: Path, place: _Place, say: Say, tries: int = 4) -> Any:
     """Commit; try again after errors of the network and the server, but never twice onto the same state."""
+    repo_id, parent, revision, create_pr = place
     message, attempt = f"Upload with urform {package_version()}", 0
     while True:
         attempt += 1
@@ -250,7 +250,7 @@ def _is_published(api: Any, repo_id: str, sha: str, folder: Path) -> bool:
     return read_stamp(os.path.dirname(path)) == read_stamp(folder)
 
 
-def publish(
+def publish(  # noqa: PLR0913  # public: every option of `urform push` is named
     checkpoint: str | os.PathLike[str],
     repo_id: str | None = None,
     *,

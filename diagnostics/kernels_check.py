@@ -432,7 +432,7 @@ def _check_loss(name: str, dtype: torch.dtype, device: torch.device) -> KernelRe
     )  # fmt: skip
 
 
-def _plain_loss(
+def _plain_loss(  # noqa: PLR0913  # the signature of the loss that it checks
     hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0,
     softcap: float | None = None, logit_scale: float = 1.0, num_items: int | None = None,
 ) -> Tensor:  # fmt: skip

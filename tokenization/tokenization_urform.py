@@ -86,7 +86,7 @@ class UrformTokenizer(BundledCodeMixin, TokenizersBackend):
         return self
 
     @classmethod
-    def train(
+    def train(  # noqa: PLR0913  # public: every option of a training is named
         cls,
         texts: Texts | None = None,
         *,

@@ -18,7 +18,7 @@ __all__ = ["HubTrainer"]
 class HubTrainer(Seq2SeqTrainer):
     """`Seq2SeqTrainer` with Urform's model card and its choice of files when a run is pushed to the Hub."""
 
-    def create_model_card(
+    def create_model_card(  # noqa: PLR0913  # transformers' signature
         self,
         language: str | None = None,
         license: str | None = None,
