@@ -118,8 +118,7 @@ class UrformModel(UrformPreTrainedModel):
         target = (decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, decoder_position_ids)
         if not self.config.is_encoder_decoder:
             self._refuse(*target, encoder_outputs)
-            kwargs = kwargs if token_type_ids is None else {**kwargs, "token_type_ids": token_type_ids}
-            return self._one_stack(*source, use_cache, cache=cache, **kwargs)
+            return self._one_stack(*source, token_type_ids, use_cache, cache=cache, **kwargs)
         if encoder_outputs is None:
             memory = Sequences.of(self.config, *source, kwargs, side="k")
             encoded = self.encoder(
@@ -152,12 +151,13 @@ class UrformModel(UrformPreTrainedModel):
         inputs_embeds: Tensor | None,
         attention_mask: Any,
         position_ids: Tensor | None,
+        token_type_ids: Tensor | None,
         use_cache: bool | None,
         **kwargs: Any,
     ) -> BaseModelOutput | BaseModelOutputWithPastAndCrossAttentions:
         given = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         if self.config.architecture == "encoder":
-            return self.encoder(input_ids, **given, **kwargs)
+            return self.encoder(input_ids, token_type_ids=token_type_ids, **given, **kwargs)
         return self.decoder(input_ids, **given, use_cache=use_cache, **kwargs)
 
     def _refuse(self, *arguments: Any) -> None:

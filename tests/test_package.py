@@ -418,7 +418,7 @@ def test_module_basenames_are_unique():
 # -------------------------------------------------------------------------------------------------------- house rules
 
 # Places where a layout by hand is kept from the formatter. Lower the number when one goes; none is added.
-FORMATTED_BY_HAND = {"tests": 103, "the package": 135}
+FORMATTED_BY_HAND = {"tests": 94, "the package": 83}
 
 
 def test_no_new_places_are_kept_from_the_formatter():
