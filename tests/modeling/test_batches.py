@@ -238,6 +238,14 @@ def test_a_mask_that_forgets_the_cache() -> None:
         model(ids[:, 4:], attention_mask=torch.ones(2, 2), past_key_values=cache)
 
 
+@pytest.mark.parametrize("cache", [((torch.zeros(1, 2, 3, 4),) * 2,), object()])
+def test_what_is_no_cache_is_refused(cache: Any) -> None:
+    """Tuples of tensors (transformers 4) and paged caches (continuous batching) are named, with the remedy."""
+    for options in ({}, {"labels": torch.randint(3, 50, (1, 3))}):
+        with pytest.raises(ValueError, match="is not a Cache of transformers; give a DynamicCache"):
+            make("decoder")(torch.randint(3, 50, (1, 3)), past_key_values=cache, **options)
+
+
 def test_two_caches_are_refused() -> None:
     model = make("decoder")
     with pytest.raises(ValueError, match="two names of one argument"):
