@@ -148,11 +148,11 @@ def sequence_lengths(positions: Tensor, documents: Tensor | None) -> Tensor:
 
 
 def self_attention_cache(cache: Cache) -> Cache:
-    """Return the part of a cache that self-attention fills; raise ValueError for any other object."""
+    """Return the part of a cache that self-attention fills; raise ValueError for another object."""
     if not isinstance(cache, Cache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}, which is not a Cache of transformers; give a DynamicCache or "
-            "StaticCache (continuous batching, generate_batch, is not supported: use generate)"
+            f"past_key_values is a {type(cache).__name__}, which is not a Cache of transformers; give a DynamicCache "
+            "or StaticCache (continuous batching, generate_batch, is not supported: use generate)"
         )
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
