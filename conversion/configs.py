@@ -232,8 +232,8 @@ def find_family(stock: PreTrainedConfig) -> Family:
     family = FAMILIES.get(stock.model_type)
     if family is None or type(stock).__name__ != family.stock_config:
         raise ValueError(
-            f"model_type={stock.model_type!r} ({type(stock).__name__}) is not a family that Urform converts; there are: "
-            f"{', '.join(sorted(FAMILIES))}"
+            f"model_type={stock.model_type!r} ({type(stock).__name__}) is not a family that Urform converts; "
+            f"there are: {', '.join(sorted(FAMILIES))}"
         )
     return family
 
