@@ -37,7 +37,7 @@ from ..configuration.configuration_urform import UrformConfig
 from .caches_urform import CACHE, cache_field, cache_of, given_cache
 from .language_loss_urform import LanguageModelLoss
 from .layers_urform import SourceWeights, UrformClassifier, UrformTransform, pool, real_tokens
-from .sequences_urform import Sequences
+from .sequences_urform import SOURCE, Sequences
 from .stack_urform import UrformDecoder, UrformEncoder, UrformPreTrainedModel
 from .teacher_forcing_urform import as_output, cover_prefix, decoder_inputs, real_targets, refuse_training
 
@@ -120,7 +120,7 @@ class UrformModel(UrformPreTrainedModel):
             self._refuse(*target, encoder_outputs)
             return self._one_stack(*source, token_type_ids, use_cache, cache=cache, **kwargs)
         if encoder_outputs is None:
-            memory = Sequences.of(self.config, *source, kwargs, side="k")
+            memory = Sequences.of(self.config, *source, kwargs, SOURCE)
             encoded = self.encoder(
                 input_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids, sequences=memory, **kwargs
             )
@@ -128,7 +128,7 @@ class UrformModel(UrformPreTrainedModel):
         else:
             encoded = as_output(encoder_outputs)
             states = encoded.last_hidden_state
-            memory = Sequences.of(self.config, None, states, attention_mask, position_ids, kwargs, side="k")
+            memory = Sequences.of(self.config, None, states, attention_mask, position_ids, kwargs, SOURCE)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             target = (*self._shift_source(*source[:3], decoder_attention_mask), decoder_position_ids)
         names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")

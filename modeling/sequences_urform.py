@@ -13,7 +13,7 @@ Shapes: B batch, L length, P tokens in a cache.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,16 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils.import_utils import is_tracing
 
 from .kernels.packed_documents import find_documents, number_documents
+
+
+class Role(NamedTuple):
+    """Whose inputs these are: the last letter of their `cu_seq_lens_*`, and what their names begin with."""
+
+    letter: str
+    prefix: str
+
+
+ALONE, SOURCE, TARGET = Role("q", ""), Role("k", ""), Role("q", "decoder_")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,21 +73,20 @@ class Sequences:
         attention_mask: Any,
         position_ids: Tensor | None,
         keywords: dict[str, Any],
-        side: str = "q",
+        role: Role = ALONE,
         cache: Cache | None = None,
     ) -> Sequences:
         """Decide what the inputs of a stack are.
 
         Args:
-            keywords: may hold `cu_seq_lens_q` and `max_length_q`, or those of `side` "k".
-            side: "q": these tokens are queries; "k": an encoder-decoder's source.
+            keywords: may hold `cu_seq_lens_q` and `max_length_q`, or `cu_seq_lens_k` and `max_length_k` of a source.
+            role: `ALONE` for a stack by itself, `SOURCE` and `TARGET` for the two sides of an encoder-decoder.
 
         Raises:
             ValueError: both or neither of ids and embeddings, wrong shapes or dtypes, a mask that does not cover the
                 cache, starts that do not divide the row.
         """
-        prefix = "decoder_" if side == "q" and config.is_encoder_decoder else ""
-        tokens = check_tokens(config, input_ids, inputs_embeds, prefix)
+        tokens = check_tokens(config, input_ids, inputs_embeds, role.prefix)
         shape, mask, full_mask = (tokens.shape[0], tokens.shape[1]), None, attention_mask
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:  # PEFT's prefixes make it of a float type
             mask, full_mask = attention_mask.bool() if attention_mask.is_floating_point() else attention_mask, None
@@ -85,8 +94,8 @@ class Sequences:
         if cache is not None:
             cache = self_attention_cache(cache)
             past = cache.get_seq_length()
-            check_past(mask, past, shape[1], prefix)
-        starts, longest = (keywords.get(f"{name}_{side}") for name in ("cu_seq_lens", "max_length"))
+            check_past(mask, past, shape[1], role.prefix)
+        starts, longest = (keywords.get(f"{name}_{role.letter}") for name in ("cu_seq_lens", "max_length"))
         documents, positions = place(config, tokens, mask, position_ids, starts, past)
         plain = mask is None or (not isinstance(past, Tensor) and mask.shape == (shape[0], past + shape[1]))
         plain = plain and full_mask is None

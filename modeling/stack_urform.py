@@ -40,7 +40,7 @@ from .layers_urform import (
 )
 from .parallel_urform import refuse_uneven
 from .plan_urform import Masked, Packed, Plan, Route, choose_route
-from .sequences_urform import Sequences, self_attention_cache, sequence_lengths
+from .sequences_urform import ALONE, SOURCE, TARGET, Sequences, self_attention_cache, sequence_lengths
 from .stock_models.attention_interface import register_attention
 
 logger = logging.get_logger(__name__)
@@ -344,7 +344,7 @@ class UrformEncoder(UrformStack):
             cache = self.layers_cache(cache)
         if sequences is None:
             sequences = Sequences.of(
-                self.config, input_ids, inputs_embeds, attention_mask, position_ids, kwargs, side="k", cache=cache
+                self.config, input_ids, inputs_embeds, attention_mask, position_ids, kwargs, cache=cache
             )
         states = super().forward(sequences, token_type_ids, None, cache, kwargs)
         return BaseModelOutput(last_hidden_state=states)
@@ -387,10 +387,11 @@ class UrformDecoder(UrformStack):
         if config.is_encoder_decoder and memory is None:
             if encoder_hidden_states is None:
                 raise ValueError("encoder_hidden_states is None; the decoder of an encoder-decoder needs them")
-            memory = Sequences.of(config, None, encoder_hidden_states, encoder_attention_mask, None, {}, side="k")
+            memory = Sequences.of(config, None, encoder_hidden_states, encoder_attention_mask, None, {}, SOURCE)
         if sequences is None:
+            role = TARGET if config.is_encoder_decoder else ALONE
             sequences = Sequences.of(
-                config, input_ids, inputs_embeds, attention_mask, position_ids, kwargs, cache=layers_cache
+                config, input_ids, inputs_embeds, attention_mask, position_ids, kwargs, role, layers_cache
             )
         elif cache is not None:  # made here, or kept from the layers
             own = None if layers_cache is None else self_attention_cache(layers_cache)

@@ -230,6 +230,20 @@ def test_starts_that_do_not_divide_the_row(encoding: str, starts: list[int]) -> 
         model(torch.randint(3, 50, (1, 9)), cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=9, max_length_k=9)
 
 
+@pytest.mark.parametrize("architecture", ["encoder", "decoder"])
+def test_one_stack_reads_the_starts_of_its_queries(architecture: str) -> None:
+    """`cu_seq_lens_q` alone is enough where queries and keys are one row."""
+    model, starts = make(architecture), torch.tensor([0, 4, 9])
+    ids = torch.randint(3, 50, (1, 9))
+    got = model(ids, cu_seq_lens_q=starts, max_length_q=5, use_cache=False).logits
+    parts = ((0, 4), (4, 9))
+    assert_within(got, *twice(model, lambda m: torch.cat([m(ids[:, a:b]).logits for a, b in parts], dim=1)))
+    encoder = make("encoder-decoder").model.encoder  # called by itself, as generate does
+    got = encoder(ids, cu_seq_lens_q=starts, max_length_q=5).last_hidden_state
+    alone = twice(encoder, lambda m: torch.cat([m(ids[:, a:b]).last_hidden_state for a, b in parts], dim=1))
+    assert_within(got, *alone)
+
+
 def test_a_mask_that_forgets_the_cache() -> None:
     model = make("decoder")
     ids = torch.randint(3, 50, (2, 6))
